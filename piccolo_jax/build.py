@@ -1,0 +1,171 @@
+"""From a config to the model, its tokenizer, and parameters in their places on the mesh."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from piccolo_jax import config as config_lib
+from piccolo_jax import sharding
+from piccolo_jax.config import Config
+from piccolo_jax.data.tokenizer import Tokenizer
+from piccolo_jax.errors import UserError
+from piccolo_jax.models import pretrained
+from piccolo_jax.models.bert import BertConfig
+from piccolo_jax.models.embedder import Embedder, embedder_rules
+from piccolo_jax.types import Params, TrainState
+
+_RANDOM_DROPOUT = 0.1  # of a BERT from random weights, as published
+_CPU_ROW_CHUNK = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a config names: the model, its tokenizer, and where its weights come from."""
+
+    model: Embedder
+    tokenizer: Tokenizer
+    init: Path | None  # directory of the weights; None: random
+    scaling_init: bool  # whether `init` holds the scaling layer
+
+
+def build(config: Config) -> Parts:
+    """Raises UserError where model, tokenizer, lengths and prefixes don't fit each other."""
+    model, data = config.model, config.data
+    init = pretrained.resolve(model.init) if model.init else None
+    if init:
+        spec = pretrained.read_spec(init)
+    else:
+        sizes = {
+            f.name: getattr(model, f.name)
+            for f in dataclasses.fields(BertConfig)
+            if hasattr(model, f.name)
+        }
+        dropout = {"hidden_dropout": _RANDOM_DROPOUT, "attention_dropout": _RANDOM_DROPOUT}
+        spec = pretrained.Pretrained(Path(), BertConfig(**sizes, **dropout))
+    backbone = spec.backbone
+    if model.dropout is not None:
+        backbone = dataclasses.replace(
+            backbone, hidden_dropout=model.dropout, attention_dropout=model.dropout
+        )
+    config_lib.validate_width(config, model.embed_dim or backbone.hidden_size)
+    for name in ("query_max_length", "max_length"):
+        if getattr(data, name) > backbone.max_positions:
+            raise UserError(
+                f"config.data.{name} = {getattr(data, name)}: must be at most"
+                f" {backbone.max_positions}, the positions of {model.init}"
+            )
+    tokenizer = Tokenizer(model.tokenizer or init)
+    if tokenizer.vocab_size > backbone.vocab_size:
+        raise UserError(
+            f"config.model.tokenizer = {model.tokenizer!r}: has {tokenizer.vocab_size} token ids,"
+            f" but the model has {backbone.vocab_size} (model.vocab_size, or that of model.init)"
+        )
+    if not init:
+        backbone = dataclasses.replace(backbone, pad_token_id=tokenizer.hf.pad_token_id or 0)
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
+        model.dtype, jnp.float32 if on_cpu else jnp.bfloat16
+    )
+    embedder = Embedder(
+        backbone,
+        pooling=model.pooling or spec.pooling or "mean",
+        embed_dim=model.embed_dim,
+        dtype=dtype,
+        remat=model.remat,
+        row_chunk=_CPU_ROW_CHUNK if on_cpu else 0,
+    )
+    return Parts(embedder, tokenizer, init, bool(model.embed_dim and spec.embed_dim))
+
+
+def param_shardings(model: Embedder, mesh: Mesh) -> Any:
+    """A sharding per parameter."""
+    rules = embedder_rules(model.backbone.model_type)
+    return sharding.param_shardings(mesh, _shapes(model), rules)
+
+
+def abstract_params(model: Embedder, shardings: Any) -> Any:
+    """Shape, type and sharding of every parameter."""
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        _shapes(model),
+        shardings,
+    )
+
+
+def make_params(parts: Parts, seed: int, shardings: Any) -> Params:
+    """Parameters in their shardings: read from the model directory, the rest drawn by the seed."""
+    loaded: dict[str, Any] = {}
+    if parts.init:
+        embed_dim = parts.model.embed_dim
+        loaded = pretrained.load_params(parts.init, parts.model.backbone, embed_dim)
+    missing = {name: s for name, s in shardings.items() if name not in loaded}
+    params = {
+        name: jax.tree.map(
+            lambda value, s: jax.make_array_from_callback(
+                value.shape, s, lambda index, value=value: value[index]
+            ),
+            tree,
+            shardings[name],
+        )
+        for name, tree in loaded.items()
+    }
+    if missing:
+        draw = jax.jit(
+            lambda key: {name: _init(parts.model, key)[name] for name in missing},
+            out_shardings=missing,
+        )
+        params |= draw(jax.random.key(seed))
+    return params
+
+
+def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state at step 0; the optimizer's moments lie where their parameters do."""
+    shardings = state_shardings(params, optimizer, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    step = jax.device_put(np.int32(0), shardings.step)
+    return TrainState(step=step, params=params, opt_state=opt_state)
+
+
+def abstract_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shape, type and sharding of the whole state, given those of the parameters."""
+    shardings = state_shardings(params, optimizer, mesh)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, params, jax.eval_shape(optimizer.init, params))
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, shardings
+    )
+
+
+def state_shardings(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shardings of the whole state; `params` may be abstract but must carry theirs."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda p: p.sharding, params)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    by_params = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda leaf, s: leaf if isinstance(leaf, optax.MaskedNode) else s,
+        opt_state,
+        shardings,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+    return TrainState(step=whole, params=shardings, opt_state=by_params)
+
+
+def _shapes(model: Embedder) -> Any:
+    return jax.eval_shape(lambda key: _init(model, key), jax.random.key(0))
+
+
+def _init(model: Embedder, key: jax.Array) -> Params:
+    row = jnp.zeros((1, 8), jnp.int32)
+    return model.init(key, row, row, row, jnp.zeros(1, jnp.int32), num_segments=1)["params"]

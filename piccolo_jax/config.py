@@ -1,0 +1,363 @@
+"""The configuration: typed dataclasses whose defaults are the Piccolo2 recipe (arXiv 2405.06932).
+
+Files in `configs/` build a `Config` in `get_config()`; any field can then be set from the command
+line, e.g. `--config.optim.learning_rate=2e-5`. `slots=True` turns a misspelt field into an error.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, dataclass_transform
+
+import pydantic
+
+from piccolo_jax.errors import UserError
+
+TASK_NAMES = ("retrieval", "similarity", "classification")
+
+
+@dataclass_transform()
+def config_dataclass(cls: type) -> type:
+    """A plain dataclass that refuses unknown fields; pydantic checks its types in validate()."""
+    rules = pydantic.ConfigDict(
+        extra="forbid", allow_inf_nan=False, strict=True, revalidate_instances="always"
+    )
+    return dataclasses.dataclass(slots=True)(pydantic.with_config(rules)(cls))
+
+
+@config_dataclass
+class DatasetConfig:
+    """One training dataset, or a meta list (lines `DIRECTORY REPEATS`) of several.
+
+    `weight` is the dataset's share of the steps, relative to the others. Prompts are put before the
+    texts: `query_prompt` before queries, classified texts and both texts of a pair,
+    `passage_prompt` before positives, negatives and label texts.
+    """
+
+    path: str = ""
+    task: str = ""  # retrieval, similarity, classification; empty: taken from the data
+    weight: float = 1.0
+    query_prompt: str = ""
+    passage_prompt: str = ""
+
+
+@config_dataclass
+class EvalDatasetConfig:
+    """One evaluation set: a file like a training file, or a directory in BEIR layout.
+
+    A BEIR directory holds `corpus.jsonl`, `queries.SPLIT.jsonl` and `qrels.SPLIT.tsv`.
+    """
+
+    path: str = ""
+    task: str = ""
+    split: str = "test"  # of a BEIR directory
+    max_rows: int = 0  # use the first rows (or queries) only; 0: all
+    query_prompt: str = ""
+    passage_prompt: str = ""
+
+
+@config_dataclass
+class ModelConfig:
+    """The encoder: backbone, pooling, scaling layer. Sizes are those of `init` if it is given."""
+
+    init: str = ""  # Hugging Face directory or hub id; empty: random weights of the sizes below
+    tokenizer: str = ""  # directory or hub id; empty: that of `init`
+    vocab_size: int = 21128
+    hidden_size: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    intermediate_size: int = 4096
+    max_positions: int = 512
+    pooling: str = ""  # mean, cls, last; empty: that of `init`, else mean
+    embed_dim: int = 1792  # width of the scaling layer; 0: none
+    dropout: float | None = None  # None: the checkpoint's (0.1 for random weights)
+    dtype: str = "auto"  # of matrix products: float32, bfloat16; auto: float32 on CPU only
+    remat: str = "none"  # recompute in the backward pass: none, dots (keep products), full
+    freeze: tuple[str, ...] = ("position_embeddings",)  # regexes on parameter paths
+
+
+@config_dataclass
+class RetrievalLossConfig:
+    """InfoNCE for retrieval and reranking."""
+
+    temperature: float = 0.01
+    weight: float = 1.0
+    candidates: str = "all"  # all: every positive and negative; own_positive: own and negatives
+    duplicates: str = "once"  # a document that occurs twice counts: once, or count (as REF)
+
+
+@config_dataclass
+class SimilarityLossConfig:
+    """CoSENT for similarity and pair classification."""
+
+    temperature: float = 0.05
+    weight: float = 0.04
+
+
+@config_dataclass
+class ClassificationLossConfig:
+    """Contrast against label texts for classification and clustering."""
+
+    temperature: float = 0.05
+    weight: float = 0.2
+    max_negatives: int = 10  # other labels drawn per row and step
+
+
+@config_dataclass
+class LossConfig:
+    """One loss per task type, each the mean over the prefixes `dims`."""
+
+    dims: tuple[int, ...] = (256, 512, 768, 1024, 1280, 1536, 1792)  # Matryoshka prefixes
+    retrieval: RetrievalLossConfig = dataclasses.field(default_factory=RetrievalLossConfig)
+    similarity: SimilarityLossConfig = dataclasses.field(default_factory=SimilarityLossConfig)
+    classification: ClassificationLossConfig = dataclasses.field(
+        default_factory=ClassificationLossConfig
+    )
+
+
+@config_dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-5
+    schedule: str = "cosine"  # cosine, linear: decay to 0 over the run; constant
+    warmup_steps: int = 0
+    weight_decay: float = 0.0  # not on biases and LayerNorm
+    clip_norm: float = 1.0  # global norm of the gradient; 0: no clipping
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+
+@config_dataclass
+class DataConfig:
+    """Training data, text lengths and negatives."""
+
+    datasets: tuple[DatasetConfig, ...] = ()
+    query_max_length: int = 64  # tokens of a query, with the special ones
+    max_length: int = 512  # tokens of every other text
+    negatives: int = 1  # hard negatives per row and step
+    prepared_dir: str = ""  # empty: WORKDIR/prepared
+
+
+@config_dataclass
+class CheckpointConfig:
+    """When to save and how many to keep."""
+
+    every: int = 500  # steps; 0: only at the end
+    keep: int = 2
+
+
+@config_dataclass
+class LogConfig:
+    """How often metrics are written."""
+
+    every: int = 10
+
+
+@config_dataclass
+class MeshConfig:
+    """Devices per axis; -1 (one axis at most): all that remain."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@config_dataclass
+class EvalConfig:
+    """When and on what to evaluate while training."""
+
+    every: int = 0  # steps; 0: before and after training only
+    datasets: tuple[EvalDatasetConfig, ...] = ()
+    dims: tuple[int, ...] = ()  # empty: loss.dims
+
+
+@config_dataclass
+class Config:
+    """Everything a run depends on."""
+
+    seed: int = 0
+    total_steps: int = 2500
+    batch_size: int = 8192  # global rows a step
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+# Fields that may differ between the runs of one workdir: they don't change what is learnt.
+_FREE_FIELDS = re.compile(
+    r"checkpoint\..*|log\..*|eval\..*|mesh\..*|data\.prepared_dir|model\.remat"
+)
+
+
+def validate(config: Config) -> None:
+    """Raises UserError naming the first field whose value can't work, and what is allowed.
+
+    Lists are taken for tuples, in place; nothing else is changed.
+    """
+    for node in (config.data, config.eval, config.loss, config.model):
+        for field in dataclasses.fields(node):
+            if isinstance(getattr(node, field.name), list):
+                setattr(node, field.name, tuple(getattr(node, field.name)))
+
+    def require(ok: bool, field: str, allowed: str) -> None:
+        if not ok:
+            value = _get(config, field)
+            raise UserError(f"config.{field} = {value!r}: must be {allowed}")
+
+    try:
+        pydantic.TypeAdapter(Config).validate_python(config)
+    except pydantic.ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+
+    def positive(*fields: str) -> None:
+        for field in fields:
+            require(_get(config, field) > 0, field, "greater than 0")
+
+    def not_negative(*fields: str) -> None:
+        for field in fields:
+            require(_get(config, field) >= 0, field, "0 or greater")
+
+    def one_of(field: str, *allowed: str) -> None:
+        require(_get(config, field) in allowed, field, f"one of {', '.join(map(repr, allowed))}")
+
+    positive("total_steps", "batch_size", "log.every", "checkpoint.keep")
+    not_negative("seed", "checkpoint.every", "eval.every")
+
+    model = config.model
+    require(bool(model.init or model.tokenizer), "model.tokenizer",
+            "a directory or hub id with a tokenizer when model.init is empty")  # fmt: skip
+    if not model.init:
+        positive(*(f"model.{f}" for f in (
+            "vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size",
+            "max_positions")))  # fmt: skip
+        require(model.hidden_size % model.num_heads == 0, "model.num_heads",
+                f"a divisor of model.hidden_size = {model.hidden_size}")  # fmt: skip
+    one_of("model.pooling", "", "mean", "cls", "last")
+    one_of("model.dtype", "auto", "float32", "bfloat16")
+    one_of("model.remat", "none", "dots", "full")
+    not_negative("model.embed_dim")
+    require(model.dropout is None or 0 <= model.dropout < 1, "model.dropout", "None or in [0, 1)")
+    for pattern in model.freeze:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            require(False, "model.freeze", f"regular expressions ({error})")
+
+    dims = config.loss.dims
+    require(len(dims) > 0, "loss.dims", "at least one prefix length, e.g. (256,)")
+    for field in ("loss.dims", "eval.dims"):
+        values = _get(config, field)
+        require(all(d > 0 for d in values), field, "greater than 0")
+        require(all(a < b for a, b in itertools.pairwise(values)), field,
+                "strictly increasing")  # fmt: skip
+    width = model.embed_dim or (model.hidden_size if not model.init else None)
+    if width is not None:
+        validate_width(config, width)
+    for task in TASK_NAMES:
+        positive(f"loss.{task}.temperature", f"loss.{task}.weight")
+    one_of("loss.retrieval.candidates", "all", "own_positive")
+    one_of("loss.retrieval.duplicates", "once", "count")
+    positive("loss.classification.max_negatives")
+
+    positive("optim.learning_rate", "optim.eps")
+    one_of("optim.schedule", "cosine", "linear", "constant")
+    not_negative("optim.warmup_steps", "optim.weight_decay", "optim.clip_norm")
+    require(config.optim.warmup_steps < config.total_steps, "optim.warmup_steps",
+            f"less than total_steps = {config.total_steps}")  # fmt: skip
+    for beta in ("optim.b1", "optim.b2"):
+        require(0 <= _get(config, beta) < 1, beta, "in [0, 1)")
+
+    data = config.data
+    require(len(data.datasets) > 0, "data.datasets", "at least one DatasetConfig(path=...)")
+    for i, dataset in enumerate(data.datasets):
+        where = f"data.datasets[{i}]"
+        require(bool(dataset.path), f"{where}.path", "a file or directory")
+        one_of(f"{where}.task", "", *TASK_NAMES)
+        positive(f"{where}.weight")
+    for i, dataset in enumerate(config.eval.datasets):
+        require(bool(dataset.path), f"eval.datasets[{i}].path", "a file or directory")
+        one_of(f"eval.datasets[{i}].task", "", *TASK_NAMES)
+        not_negative(f"eval.datasets[{i}].max_rows")
+    for field in ("data.query_max_length", "data.max_length"):
+        require(_get(config, field) >= 3, field, "3 tokens or more (two are special)")
+        if not model.init:
+            require(_get(config, field) <= model.max_positions, field,
+                    f"at most model.max_positions = {model.max_positions}")  # fmt: skip
+    not_negative("data.negatives")
+
+    sizes = dataclasses.asdict(config.mesh)
+    for axis, size in sizes.items():
+        require(size == -1 or size > 0, f"mesh.{axis}", "-1 (all that remain) or greater than 0")
+    require(list(sizes.values()).count(-1) <= 1, "mesh", "-1 on one axis at most")
+
+
+def validate_width(config: Config, width: int) -> None:
+    """Raises UserError if a listed prefix is longer than the embedding's width."""
+    for field in ("loss.dims", "eval.dims"):
+        values = _get(config, field)
+        if values and values[-1] > width:
+            raise UserError(
+                f"config.{field} = {values}: prefix {values[-1]} is longer than the embedding,"
+                f" {width} wide (model.embed_dim, or the hidden size if that is 0)"
+            )
+
+
+def to_json(config: Config) -> str:
+    """The whole config, as written to WORKDIR/config.json."""
+    return json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Inverse of to_json. Raises UserError on fields that this version doesn't know."""
+    try:
+        return pydantic.TypeAdapter(Config).validate_json(text)
+    except pydantic.ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+
+
+def _first_problem(error: pydantic.ValidationError) -> str:
+    problem = error.errors()[0]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
+    return f"config{field} = {problem['input']!r}: {problem['msg']}"
+
+
+def diff(old: Config, new: Config) -> list[str]:
+    """Lines `field: old -> new` for every difference that changes what a run learns."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    changed = [
+        field
+        for field in before.keys() | after.keys()
+        if before.get(field) != after.get(field) and not _FREE_FIELDS.fullmatch(field)
+    ]
+    if old.optim.schedule == new.optim.schedule == "constant" and "total_steps" in changed:
+        changed.remove("total_steps")  # a longer run of the same steps
+    return [f"{f}: {before.get(f)!r} -> {after.get(f)!r}" for f in sorted(changed)]
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if dataclasses.is_dataclass(node):
+        for field in dataclasses.fields(node):
+            prefix = f"{path}.{field.name}" if path else field.name
+            yield from _leaves(getattr(node, field.name), prefix)
+    elif isinstance(node, (tuple, list)) and any(map(dataclasses.is_dataclass, node)):
+        for i, item in enumerate(node):
+            yield from _leaves(item, f"{path}[{i}]")
+    else:
+        yield path, tuple(node) if isinstance(node, list) else node
+
+
+def _get(config: Config, field: str) -> Any:
+    node: Any = config
+    for name, index in re.findall(r"(\w+)(?:\[(\d+)\])?", field):
+        node = getattr(node, name)
+        node = node[int(index)] if index else node
+    return node

@@ -1,0 +1,180 @@
+"""From a step's number to its batch: schedule, draw, pack, read; and shapes fixed before training.
+
+A batch depends on (seed, step) and the number of shards alone. Each process builds the index arrays
+of the whole batch, which are small, and reads the tokens of its own shards only.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from piccolo_jax.config import Config
+from piccolo_jax.data import packing
+from piccolo_jax.data.prepare import Dataset
+from piccolo_jax.data.schedule import Schedule
+from piccolo_jax.errors import UserError
+
+_ROW_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+_GROWTH = 1.25  # of the shapes beyond the planned one, should a batch not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBatch:
+    """A batch in the memory of this process.
+
+    sharded: `tokens`, `segments`, `positions` [R, L] and `text_slots` [N], the parts of this
+      process's shards, in their order; replicated: the task's arrays, whole.
+    """
+
+    step: int
+    dataset: str
+    task: str
+    shape: packing.Shape
+    sharded: dict[str, np.ndarray]
+    replicated: dict[str, np.ndarray]
+    num_tokens: int  # real ones in the global batch, without padding
+    fill: float  # share of the global batch's token slots that hold one
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The shape of a dataset's batches, and the share of its token slots that hold a token."""
+
+    shape: packing.Shape
+    fill: float
+
+
+class Batches:
+    """All batches of a run.
+
+    Args:
+      tasks: the TASKS table; hidden_size: of the model, which weighs attention against products.
+      shards: parts into which rows and texts are split; local_shards: those of this process.
+
+    Raises UserError if a dataset has fewer rows than a batch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        datasets: Sequence[Dataset],
+        tasks: dict[str, Any],
+        hidden_size: int,
+        shards: int,
+        local_shards: Sequence[int],
+    ):
+        self._config, self._tasks = config, tasks
+        self._shards, self._local_shards = shards, tuple(local_shards)
+        self.stores = [dataset.store for dataset in datasets]
+        for store in self.stores:
+            if store.num_rows < config.batch_size:
+                raise UserError(
+                    f"config.batch_size = {config.batch_size}: dataset {store.name} has only"
+                    f" {store.num_rows} usable rows; a batch comes from one dataset, so make it at"
+                    f" most {min(s.num_rows for s in self.stores)}, or leave the dataset out"
+                )
+        self.schedule = Schedule(
+            seed=config.seed,
+            batch_size=config.batch_size,
+            sizes=tuple(store.num_rows for store in self.stores),
+            weights=tuple(dataset.weight for dataset in datasets),
+        )
+        self.plans = [self._plan(d, hidden_size) for d in range(len(self.stores))]
+
+    def start(self, first_step: int, stop_step: int) -> Iterator[HostBatch]:
+        """Batches of steps first_step..stop_step - 1, read ahead by threads."""
+        steps = grain.MapDataset.range(first_step, stop_step).map(self.at)
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        return iter(steps.to_iter_dataset(options))
+
+    def at(self, step: int) -> HostBatch:
+        """The batch of one step, counted from 0."""
+        dataset, use = self.schedule.at(int(step))
+        store = self.stores[dataset]
+        texts, arrays = self._draw(dataset, use)
+        lengths = store.lengths[texts]
+        planned = self.plans[dataset].shape
+        layout = packing.plan_layout(lengths, planned.length, self._shards)
+        shape = _smallest_fitting(planned, layout)
+        index = packing.text_index(layout, shape)
+        text_arrays = self._tasks[store.task].text_arrays
+        sharded = packing.fill(
+            layout, lengths, lambda members: store.tokens(texts[members]), shape, self._local_shards
+        )
+        slots = packing.text_slots(layout, shape, self._shards).reshape(self._shards, -1)
+        sharded["text_slots"] = slots[list(self._local_shards)].reshape(-1)
+        return HostBatch(
+            step=int(step),
+            dataset=store.name,
+            task=store.task,
+            shape=shape,
+            sharded=sharded,
+            replicated={k: index[v] if k in text_arrays else v for k, v in arrays.items()},
+            num_tokens=int(lengths.sum()),
+            fill=float(lengths.sum()) / (self._shards * shape.rows * shape.length),
+        )
+
+    def _draw(self, dataset: int, use: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The batch's distinct texts (ids in the dataset) and arrays that point into them."""
+        store, schedule = self.stores[dataset], self.schedule
+        task = self._tasks[store.task]
+        rows, rng = schedule.rows(dataset, use), schedule.rng(dataset, use)
+        arrays = task.draw(store.columns, rows, rng, self._config)
+        masked = {
+            name: np.where(arrays[f"{name}_keep"], arrays[name], -1)
+            if f"{name}_keep" in arrays
+            else arrays[name]
+            for name in task.text_arrays
+        }
+        everything = np.concatenate([ids.reshape(-1) for ids in masked.values()])
+        texts = np.unique(everything)
+        texts = texts[texts >= 0]
+        # What is masked out points at text 0.
+        pointers = {
+            name: np.maximum(np.searchsorted(texts, ids), 0) for name, ids in masked.items()
+        }
+        return texts, arrays | pointers
+
+    def _plan(self, dataset: int, hidden_size: int) -> Plan:
+        """The shape that holds a dataset's first batches at the least cost.
+
+        A token costs 6 hidden_size + row length, in units of 4 hidden_size operations a layer: its
+        products, and attention over its row.
+        """
+        batches = [self._draw(dataset, use)[0] for use in range(_planned_batches(self._config))]
+        lengths = [self.stores[dataset].lengths[texts] for texts in batches]
+        tokens = float(np.mean([n.sum() for n in lengths]))
+        longest = self.stores[dataset].manifest["longest_tokens"]
+        choices = []
+        for length in [n for n in _ROW_LENGTHS if n >= longest][:3] or [longest]:
+            layouts = [packing.plan_layout(n, length, self._shards) for n in lengths]
+            rows = _round_up(max(layout.rows_needed for layout in layouts))
+            texts = _round_up(max(layout.texts_needed for layout in layouts))
+            cost = rows * length * (6 * hidden_size + length)
+            fill = tokens / (self._shards * rows * length)
+            choices.append((cost, Plan(packing.Shape(length=length, rows=rows, texts=texts), fill)))
+        return min(choices, key=lambda choice: choice[0])[1]
+
+
+def _planned_batches(config: Config) -> int:
+    return max(4, min(32, 2**18 // config.batch_size))
+
+
+def _round_up(n: int) -> int:
+    """To four significant bits: at most an eighth more, so that datasets may share a shape."""
+    unit = 2 ** max(n.bit_length() - 4, 0)
+    return math.ceil(n / unit) * unit
+
+
+def _smallest_fitting(planned: packing.Shape, layout: packing.Layout) -> packing.Shape:
+    """The planned shape, or the first of a geometric ladder above it that holds the layout."""
+    rows, texts = planned.rows, planned.texts
+    while rows < layout.rows_needed:
+        rows = _round_up(math.ceil(rows * _GROWTH))
+    while texts < layout.texts_needed:
+        texts = _round_up(math.ceil(texts * _GROWTH))
+    return dataclasses.replace(planned, rows=rows, texts=texts)

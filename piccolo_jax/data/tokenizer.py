@@ -1,0 +1,42 @@
+"""Texts to token ids, with the tokenizer of a Hugging Face directory."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import transformers
+
+from piccolo_jax.errors import UserError
+
+
+class Tokenizer:
+    """A fast Hugging Face tokenizer, with its special tokens put around each text.
+
+    Raises UserError if the directory or hub id holds no fast tokenizer. Never runs remote code.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            self.hf = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{path}: no tokenizer can be loaded from here ({reason})") from None
+        if not self.hf.is_fast:
+            raise UserError(f"{path}: the tokenizer has no tokenizer.json (a fast tokenizer)")
+        self._backend = self.hf.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, texts: Sequence[str], max_length: int) -> tuple[list[np.ndarray], list[bool]]:
+        """Token ids, int32 [length <= max_length], and whether each text was cut."""
+        self._backend.enable_truncation(max_length)
+        encodings = self._backend.encode_batch_fast(list(texts))
+        ids = [np.asarray(e.ids, np.int32) for e in encodings]
+        return ids, [bool(e.overflowing) for e in encodings]

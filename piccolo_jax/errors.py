@@ -1,0 +1,5 @@
+"""The one exception that commands turn into a message and exit code 2."""
+
+
+class UserError(Exception):
+    """Bad configuration, data or files: the message names the place and the remedy."""

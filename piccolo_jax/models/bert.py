@@ -1,0 +1,295 @@
+"""BERT, RoBERTa and XLM-RoBERTa encoders (post-LayerNorm) over packed rows.
+
+Devlin et al. 2018, arXiv 1810.04805, without the pooler. One row holds several texts; a token sees
+the tokens of its own text only, by `segments`, and positions restart with each text.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from piccolo_jax.errors import UserError
+from piccolo_jax.sharding import BATCH_AXES, Rules, batch_shards, constrain
+
+ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+# Column-parallel into heads and the inner dimension, row-parallel out of them; axis 0 of what is in
+# `layers` is the layer.
+BERT_RULES: Rules = (
+    (r"word_embeddings", P("tensor", "fsdp")),
+    (r"position_embeddings", P(None, "fsdp")),
+    (r"layers/(query|key|value|intermediate)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/(query|key|value|intermediate)/bias", P(None, "tensor")),
+    (r"layers/(attention_output|output)/kernel", P(None, "tensor", "fsdp")),
+)
+
+# Path of a parameter in BertEncoder and its Hugging Face name. `kernel`s are [in, out] here and
+# [out, in] there; what is in `layers` is stacked here and numbered there.
+HF_NAMES: dict[str, str] = {
+    "word_embeddings/embedding": "embeddings.word_embeddings.weight",
+    "position_embeddings/embedding": "embeddings.position_embeddings.weight",
+    "token_type_embeddings/embedding": "embeddings.token_type_embeddings.weight",
+    "embeddings_norm/scale": "embeddings.LayerNorm.weight",
+    "embeddings_norm/bias": "embeddings.LayerNorm.bias",
+    "layers/query/kernel": "encoder.layer.{}.attention.self.query.weight",
+    "layers/query/bias": "encoder.layer.{}.attention.self.query.bias",
+    "layers/key/kernel": "encoder.layer.{}.attention.self.key.weight",
+    "layers/key/bias": "encoder.layer.{}.attention.self.key.bias",
+    "layers/value/kernel": "encoder.layer.{}.attention.self.value.weight",
+    "layers/value/bias": "encoder.layer.{}.attention.self.value.bias",
+    "layers/attention_output/kernel": "encoder.layer.{}.attention.output.dense.weight",
+    "layers/attention_output/bias": "encoder.layer.{}.attention.output.dense.bias",
+    "layers/attention_norm/scale": "encoder.layer.{}.attention.output.LayerNorm.weight",
+    "layers/attention_norm/bias": "encoder.layer.{}.attention.output.LayerNorm.bias",
+    "layers/intermediate/kernel": "encoder.layer.{}.intermediate.dense.weight",
+    "layers/intermediate/bias": "encoder.layer.{}.intermediate.dense.bias",
+    "layers/output/kernel": "encoder.layer.{}.output.dense.weight",
+    "layers/output/bias": "encoder.layer.{}.output.dense.bias",
+    "layers/output_norm/scale": "encoder.layer.{}.output.LayerNorm.weight",
+    "layers/output_norm/bias": "encoder.layer.{}.output.LayerNorm.bias",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Shape of an encoder; `max_positions` are the positions that a text can use."""
+
+    model_type: str = "bert"
+    vocab_size: int = 21128
+    hidden_size: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    intermediate_size: int = 4096
+    max_positions: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    pad_token_id: int = 0
+    initializer_range: float = 0.02
+
+    @property
+    def position_offset(self) -> int:
+        """Row of the position table of a text's first token."""
+        return 0 if self.model_type == "bert" else self.pad_token_id + 1
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], source: str = "config.json") -> Self:
+        """From a Hugging Face config. Raises UserError naming what is missing or not supported."""
+
+        def require(ok: bool, field: str, allowed: str) -> None:
+            if not ok:
+                raise UserError(f"{source}: {field} = {values.get(field)!r}: must be {allowed}")
+
+        def one_of(names: Any) -> str:
+            return f"one of {', '.join(map(repr, names))}"
+
+        model_type = values.get("model_type")
+        require(model_type in ARCHITECTURES, "model_type", one_of(ARCHITECTURES))
+        for field, default, allowed in (
+            ("position_embedding_type", "absolute", "absolute"),
+            ("is_decoder", False, False),
+            ("add_cross_attention", False, False),
+        ):
+            require(values.get(field, default) in (allowed, None), field, repr(allowed))
+        config = cls(
+            model_type=str(model_type),
+            **{field: values[name] for field, name in _HF_FIELDS.items()
+               if values.get(name) is not None},
+        )  # fmt: skip
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size",
+                 "max_positions", "type_vocab_size")  # fmt: skip
+        for name in map(_HF_FIELDS.__getitem__, sizes):
+            value = values.get(name)
+            require(isinstance(value, int) and value > 0, name, "an integer greater than 0")
+        require(config.hidden_act in ACTIVATIONS, "hidden_act", one_of(ACTIVATIONS))
+        require(config.hidden_size % config.num_heads == 0, "num_attention_heads",
+                f"a divisor of hidden_size = {config.hidden_size}")  # fmt: skip
+        require(config.max_positions > config.position_offset, "max_position_embeddings",
+                f"more than {config.position_offset}, the row of the first position")  # fmt: skip
+        return dataclasses.replace(
+            config, max_positions=config.max_positions - config.position_offset
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The Hugging Face config.json: inverse of from_hf."""
+        values = {name: getattr(self, field) for field, name in _HF_FIELDS.items()}
+        return {
+            "model_type": self.model_type,
+            "architectures": [ARCHITECTURES[self.model_type]],
+            **values,
+            "max_position_embeddings": self.max_positions + self.position_offset,
+            "dtype": "float32",
+        }
+
+
+_HF_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "layer_norm_eps",
+    "hidden_act": "hidden_act",
+    "hidden_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "pad_token_id": "pad_token_id",
+    "initializer_range": "initializer_range",
+}
+
+
+class BertEncoder(nn.Module):
+    """Token ids to hidden states. Parameters are float32, matrix products in `dtype`.
+
+    `remat` is what the backward pass recomputes: "none", "dots" (all but the products with
+    parameters) or "full" (each layer from its input). `row_chunk` > 0 computes attention for so
+    many rows at a time and recomputes it backwards: on CPU the scores then stay in the caches. It
+    takes effect where the rows are not split over devices.
+    """
+
+    config: BertConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    row_chunk: int = 0
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "R L"],
+        segments: Int[Array, "R L"],
+        positions: Int[Array, "R L"],
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "R L H"]:
+        """Hidden states of the last layer; those at padding (segment 0) mean nothing."""
+        config = self.config
+
+        def table(rows: int, name: str) -> jax.Array:
+            init = nn.initializers.normal(config.initializer_range)
+            embed = nn.Embed(rows, config.hidden_size, embedding_init=init, name=name)
+            # Gathered whole before the look-up: out of a split table the partitioner would move
+            # the activations.
+            return constrain(embed.embedding, None, None)
+
+        words = table(config.vocab_size, "word_embeddings")
+        places = table(config.max_positions + config.position_offset, "position_embeddings")
+        types = table(config.type_vocab_size, "token_type_embeddings")
+        x = words[tokens] + places[positions + config.position_offset] + types[0]
+        x = nn.LayerNorm(
+            config.layer_norm_eps, use_fast_variance=False, name="embeddings_norm"
+        )(x)  # fmt: skip
+        x = nn.Dropout(config.hidden_dropout, deterministic=deterministic)(x)
+        x = constrain(x.astype(self.dtype), BATCH_AXES, None, None)
+
+        layer = _Layer
+        if self.remat != "none":
+            policy = {
+                "dots": jax.checkpoint_policies.save_from_both_policies(
+                    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+                    jax.checkpoint_policies.save_only_these_names("context"),
+                ),
+                "full": jax.checkpoint_policies.nothing_saveable,
+            }[self.remat]
+            layer = nn.remat(_Layer, policy=policy, prevent_cse=False)
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=config.num_layers,
+        )
+        x, _ = layers(config, self.dtype, self.row_chunk, deterministic, name="layers")(x, segments)
+        return x
+
+
+class _Layer(nn.Module):
+    config: BertConfig
+    dtype: Any
+    row_chunk: int
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "R L H"], segments: Int[Array, "R L"]
+    ) -> tuple[Float[Array, "R L H"], None]:
+        config = self.config
+        rows, length, hidden = x.shape
+        heads = config.num_heads
+        init = nn.initializers.normal(config.initializer_range)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
+
+        def residual(x: jax.Array, update: jax.Array, name: str) -> jax.Array:
+            update = nn.Dropout(config.hidden_dropout, deterministic=self.deterministic)(update)
+            norm = nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)
+            x = norm(x.astype(jnp.float32) + update.astype(jnp.float32))
+            return constrain(x.astype(self.dtype), BATCH_AXES, None, None)
+
+        def split(name: str) -> jax.Array:
+            y = dense(hidden, name=name)(x).reshape(rows, length, heads, hidden // heads)
+            return constrain(y, BATCH_AXES, None, "tensor", None)
+
+        query, key, value = split("query"), split("key"), split("value")
+        keys = None
+        if config.attention_dropout > 0 and not self.deterministic:
+            keys = jax.random.split(self.make_rng("dropout"), rows)
+        y = _attend_rows(
+            query, key, value, segments, keys, config.attention_dropout, self.row_chunk
+        )
+        y = checkpoint_name(constrain(y.reshape(x.shape), BATCH_AXES, None, "tensor"), "context")
+        x = residual(x, dense(hidden, name="attention_output")(y), "attention_norm")
+
+        y = dense(config.intermediate_size, name="intermediate")(x)
+        y = constrain(ACTIVATIONS[config.hidden_act](y), BATCH_AXES, None, "tensor")
+        return residual(x, dense(hidden, name="output")(y), "output_norm"), None
+
+
+def _attend_rows(
+    query: Float[Array, "R L N D"],
+    key: Float[Array, "R L N D"],
+    value: Float[Array, "R L N D"],
+    segments: Int[Array, "R L"],
+    keys: Array | None,
+    rate: float,
+    row_chunk: int,
+) -> Float[Array, "R L N D"]:
+    attend = functools.partial(_attend, rate=rate)
+    if row_chunk == 0 or batch_shards() > 1:
+        return attend((query, key, value, segments, keys))
+    return jax.lax.map(
+        jax.checkpoint(lambda row: attend(jax.tree.map(lambda a: a[None], row))[0]),
+        (query, key, value, segments, keys),
+        batch_size=row_chunk if row_chunk > 1 else None,
+    )
+
+
+def _attend(arrays: tuple[Array, Array, Array, Array, Array | None], rate: float) -> Array:
+    """Scaled dot-product attention within segments; scores and softmax in float32."""
+    query, key, value, segments, keys = arrays
+    # Padding sees padding: a row of scores is never empty, so softmax is finite.
+    mask: Bool[Array, "R 1 L L"] = segments[:, None, :, None] == segments[:, None, None, :]
+    query = query * query.shape[-1] ** -0.5
+    scores = jnp.einsum("rqnd,rknd->rnqk", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    if keys is not None:
+        # A key per row: the same numbers for any row_chunk.
+        keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, weights.shape[1:]))(keys)
+        weights = jnp.where(keep, weights / (1 - rate), 0)
+    return jnp.einsum("rnqk,rknd->rqnd", weights.astype(value.dtype), value)

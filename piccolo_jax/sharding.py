@@ -1,0 +1,137 @@
+"""The device mesh, where parameters lie on it, and pins for activations.
+
+Every array of a step is global; rows and texts are split over `BATCH_AXES`, parameters over `fsdp`
+and `tensor` by rules (regex on the parameter's path, PartitionSpec), first match wins.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from piccolo_jax.config import MeshConfig
+from piccolo_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+Rules = tuple[tuple[str, PartitionSpec], ...]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all of all processes), -1 filled in.
+
+    Raises UserError if the sizes don't multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    unknown = [axis for axis in AXES if sizes[axis] == -1]
+    for axis in AXES:
+        if sizes[axis] != -1 and sizes[axis] < 1:
+            raise UserError(f"config.mesh.{axis} = {sizes[axis]}: must be -1 or greater than 0")
+    if len(unknown) > 1:
+        names = ", ".join(f"config.mesh.{axis}" for axis in unknown)
+        raise UserError(f"{names} = -1: at most one axis can be what remains")
+    known = math.prod(sizes[axis] for axis in AXES if axis not in unknown)
+    if len(devices) % known or (not unknown and known != len(devices)):
+        field = ", ".join(f"config.mesh.{axis} = {sizes[axis]}" for axis in AXES)
+        raise UserError(
+            f"{field}: the sizes must multiply to the number of devices, {len(devices)}"
+            " (-1 on one axis: all that remain)"
+        )
+    for axis in unknown:
+        sizes[axis] = len(devices) // known
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def batch_shards_of(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """Number of parts into which rows and texts are split on `mesh`."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def batch_shards() -> int:
+    """Number of parts into which rows and texts are split on the mesh in context; 1 without one."""
+    return batch_shards_of(jax.sharding.get_abstract_mesh())
+
+
+def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
+    """Pins `x` to PartitionSpec(*spec) on the mesh in context; without one, returns `x`.
+
+    An entry whose mesh size doesn't divide its dimension is dropped: x is whole along it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _divisible(mesh, x.shape, spec))
+
+
+def param_shardings(mesh: Mesh, abstract_params: Any, rules: Rules) -> Any:
+    """A NamedSharding per parameter, in the tree of `abstract_params`.
+
+    The first rule whose regex is found in the "/"-joined path decides; a parameter without one is
+    on every device whole, as is a dimension that its mesh axes don't divide.
+    """
+
+    def choose(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, spec in rules:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, _divisible(mesh, leaf.shape, spec))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map_with_path(choose, abstract_params)
+
+
+def _divisible(
+    mesh: Mesh | jax.sharding.AbstractMesh, shape: tuple[int, ...], spec: Sequence[Any]
+) -> PartitionSpec:
+    if len(spec) > len(shape):
+        raise ValueError(f"{spec} has more entries than the array of shape {shape}")
+    kept = []
+    for entry, size in zip(spec, shape, strict=False):
+        axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
+        kept.append(entry if divides else None)
+    return PartitionSpec(*kept)
+
+
+def local_shards(mesh: Mesh) -> tuple[int, ...]:
+    """The shards of rows and texts that this process's devices hold, in order."""
+    shards = batch_shards_of(mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    slices = sharding.addressable_devices_indices_map((shards,)).values()
+    return tuple(sorted({range(shards)[index[0]][0] for index in slices}))
+
+
+def global_batch(
+    mesh: Mesh, sharded: dict[str, np.ndarray], replicated: dict[str, np.ndarray]
+) -> dict[str, jax.Array]:
+    """Global arrays of a batch.
+
+    `sharded` holds this process's shards along axis 0, in the order of local_shards(); `replicated`
+    is the same whole on every process.
+    """
+    local, shards = local_shards(mesh), batch_shards_of(mesh)
+    arrays = {}
+    for name, value in sharded.items():
+        part = len(value) // len(local)
+        shape = (part * shards, *value.shape[1:])
+
+        def read(index: Any, value: np.ndarray = value, part: int = part) -> np.ndarray:
+            place = local.index((index[0].start or 0) // part)
+            return value[place * part : (place + 1) * part]
+
+        sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+        arrays[name] = jax.make_array_from_callback(shape, sharding, read)
+    for name, value in replicated.items():
+        sharding = NamedSharding(mesh, PartitionSpec())
+        arrays[name] = jax.make_array_from_callback(
+            value.shape, sharding, lambda index, value=value: value[index]
+        )
+    return arrays

@@ -1,0 +1,349 @@
+"""Trains an embedding model.
+
+    python -m piccolo_jax.train --config=configs/NAME.py --workdir=DIR [--config.FIELD=VALUE ...]
+
+Started again with the same command, it goes on from its last checkpoint. WORKDIR gets config.json,
+metrics.jsonl, eval.jsonl, prepared/, checkpoints/ and, at the end, export/.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from jax.experimental import multihost_utils
+
+from piccolo_jax import build, cli, export, metrics, optim, sharding
+from piccolo_jax import config as config_lib
+from piccolo_jax.checkpoint import Checkpoints
+from piccolo_jax.config import Config
+from piccolo_jax.data.loader import Batches, HostBatch
+from piccolo_jax.data.prepare import prepare_datasets
+from piccolo_jax.errors import UserError
+from piccolo_jax.evaluation.encoder import Encoder
+from piccolo_jax.evaluation.local import METRICS, EvalDataset
+from piccolo_jax.metrics import say
+from piccolo_jax.tasks import TASKS
+from piccolo_jax.train_step import CompiledSteps
+from piccolo_jax.types import Params
+
+_STEPS_IN_FLIGHT = 2
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns the exit code."""
+    config, workdir = cli.parse_config(argv, __doc__ or "")
+
+    # Model and mesh.
+    parts = build.build(config)
+    mesh = sharding.make_mesh(config.mesh)
+    evals = [EvalDataset(dataset) for dataset in config.eval.datasets]
+    _prepare_workdir(workdir, config)
+
+    # Data.
+    prepared_dir = Path(config.data.prepared_dir or workdir / "prepared")
+    datasets = prepare_datasets(config, parts.tokenizer, TASKS, prepared_dir)
+    batches = Batches(
+        config, datasets, TASKS, parts.model.backbone.hidden_size,
+        sharding.batch_shards_of(mesh), sharding.local_shards(mesh),
+    )  # fmt: skip
+    fingerprints = [store.manifest["fingerprint"] for store in batches.stores]
+    _say_datasets(batches, config)
+
+    # State: new, or that of the last checkpoint.
+    shardings = build.param_shardings(parts.model, mesh)
+    abstract_params = build.abstract_params(parts.model, shardings)
+    optimizer = optim.make_optimizer(config, abstract_params)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    if checkpoints.latest is None:
+        _say_model(parts, abstract_params, mesh)
+        params = build.make_params(parts, config.seed, shardings)
+        state = build.make_state(params, optimizer, mesh)
+    else:
+        checkpoints.check(config, fingerprints)
+        state = checkpoints.restore(build.abstract_state(abstract_params, optimizer, mesh))
+        say(f"resuming after step {checkpoints.latest} of {checkpoints.directory}")
+    first_step = int(state.step)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    # Evaluation, before the first step.
+    log = metrics.JsonLines(workdir / "metrics.jsonl", first_step)
+    eval_log = metrics.JsonLines(workdir / "eval.jsonl", first_step)
+    encoder = Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
+
+    def evaluate(step: int, params: Params) -> None:
+        _evaluate(evals, encoder, params, config.eval.dims or config.loss.dims, step, eval_log)
+
+    if first_step == 0:
+        evaluate(0, state.params)
+
+    # Compile every planned shape.
+    steps = CompiledSteps(parts.model, TASKS, config, optimizer, mesh, state_shardings)
+
+    def program(batch: HostBatch, arrays: Any) -> Any:
+        compiled, seconds = steps.get(batch.task, batch.shape, state, arrays)
+        if seconds:
+            say(f"compiled {batch.task}, {_describe(batch)}, in {seconds:.1f} s")
+        return compiled
+
+    for step in _first_uses(batches, first_step, config.total_steps):
+        batch = batches.at(step)
+        program(batch, sharding.global_batch(mesh, batch.sharded, batch.replicated))
+
+    # Loop. A checkpoint at t is saved before batch t is used.
+    learning_rate = optim.learning_rate(config.optim, config.total_steps)
+    in_flight: list[tuple[HostBatch, Any]] = []
+    recent = _Rate()
+    bar = tqdm.tqdm(
+        total=config.total_steps, initial=first_step, unit=" steps", desc="training",
+        disable=jax.process_index() != 0,
+    )  # fmt: skip
+
+    def finish_oldest() -> None:
+        batch, values = in_flight.pop(0)
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        step = batch.step + 1
+        if not np.isfinite(values["loss"]):
+            raise UserError(
+                f"step {step}, dataset {batch.dataset}: the loss is {values['loss']}; the"
+                " checkpoints before it are kept. Lower optim.learning_rate, raise a temperature,"
+                " or use model.dtype=float32"
+            )
+        recent.add(config.batch_size, batch.num_tokens)
+        bar.set_postfix_str(f"{batch.task} loss {values['loss']:.4f}", refresh=False)
+        bar.update()
+        if step % config.log.every == 0 or step in (first_step + 1, config.total_steps):
+            log.write(
+                {
+                    "step": step,
+                    "task": batch.task,
+                    "dataset": batch.dataset,
+                    **values,
+                    "learning_rate": float(learning_rate(batch.step)),
+                    **recent.take(),
+                    "fill": round(batch.fill, 4),
+                }
+            )
+
+    with _stop_signal() as stop_asked, contextlib.closing(bar):
+        for batch in batches.start(first_step, config.total_steps):
+            arrays = sharding.global_batch(mesh, batch.sharded, batch.replicated)
+            state, values = program(batch, arrays)(state, arrays)
+            in_flight.append((batch, values))
+            if len(in_flight) >= _STEPS_IN_FLIGHT:
+                finish_oldest()
+            done = batch.step + 1
+            stopping = stop_asked(done)
+            last = done == config.total_steps
+            at_checkpoint = config.checkpoint.every and done % config.checkpoint.every == 0
+            at_eval = config.eval.every and done % config.eval.every == 0
+            if last or stopping or at_checkpoint or at_eval:
+                while in_flight:
+                    finish_oldest()
+            if last or stopping or at_checkpoint:
+                checkpoints.save(done, state, config, fingerprints)
+            if stopping and not last:
+                checkpoints.wait()
+                say(f"stopped after step {done}; the same command goes on from there")
+                return 128 + stopping
+            if at_eval and not last:
+                evaluate(done, state.params)
+    checkpoints.wait()
+
+    # Results.
+    if first_step < config.total_steps:
+        evaluate(config.total_steps, state.params)
+    output = workdir / "export"
+    params = multihost_utils.process_allgather(state.params, tiled=True)
+    if jax.process_index() == 0:
+        export.write(output, params, parts, config, overwrite=True)
+    _say_results(workdir, config, checkpoints, output)
+    return 0
+
+
+def _prepare_workdir(workdir: Path, config: Config) -> None:
+    """Writes config.json, unless the folder belongs to a run that learns something else."""
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            changes = config_lib.diff(
+                config_lib.from_json(path.read_text(encoding="utf-8")), config
+            )
+            if changes:
+                raise UserError(
+                    f"{path} is of a run with another config:\n  "
+                    + "\n  ".join(changes)
+                    + "\nChange the config back to go on with that run, or give another --workdir"
+                )
+        if jax.process_index() == 0:
+            partial = path.with_name("config.json.partial")
+            partial.write_text(config_lib.to_json(config), encoding="utf-8")
+            os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: can't be used ({error.strerror})") from error
+
+
+def _first_uses(batches: Batches, first_step: int, stop_step: int) -> list[int]:
+    """The first step from `first_step` on of each dataset, as far as the run has one."""
+    firsts: dict[int, int] = {}
+    for step in range(first_step, min(stop_step, first_step + 10_000)):
+        firsts.setdefault(batches.schedule.at(step)[0], step)
+        if len(firsts) == len(batches.stores):
+            break
+    return list(firsts.values())
+
+
+def _evaluate(
+    evals: list[EvalDataset],
+    encoder: Encoder,
+    params: Params,
+    dims: tuple[int, ...],
+    step: int,
+    log: metrics.JsonLines,
+) -> None:
+    for dataset in evals:
+        scores = dataset.evaluate(
+            lambda texts, prompt, name=dataset.name: encoder.encode(
+                params, texts, prompt, progress=f"evaluating {name}"
+            ),
+            dims,
+        )
+        values = {str(dim): round(score, 5) for dim, score in scores.items()}
+        log.write(
+            {"step": step, "dataset": dataset.name, "metric": METRICS[dataset.task], **values}
+        )
+        say(
+            f"step {step}: {dataset.name} {METRICS[dataset.task]} "
+            + ", ".join(f"{score:.4f} at {dim}" for dim, score in scores.items())
+        )
+
+
+class _Rate:
+    """Rows and tokens per second since the last call of take()."""
+
+    def __init__(self) -> None:
+        self._rows, self._tokens, self._since = 0, 0, time.monotonic()
+
+    def add(self, rows: int, tokens: int) -> None:
+        self._rows, self._tokens = self._rows + rows, self._tokens + tokens
+
+    def take(self) -> dict[str, float]:
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rates = {
+            "rows_per_second": round(self._rows / seconds, 2),
+            "tokens_per_second": round(self._tokens / seconds, 1),
+        }
+        self.__init__()
+        return rates
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[Any]:
+    """Yields stop_asked(step) -> signal number or 0, the same on all processes.
+
+    SIGINT and SIGTERM then end the run after the current step, with a checkpoint; a second one
+    ends it at once.
+    """
+    received = 0
+
+    def receive(number: int, _: Any) -> None:
+        nonlocal received
+        received = number
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if jax.process_count() > 1:  # JAX itself catches SIGTERM there, and agrees on a step
+        yield (
+            lambda step: (
+                int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
+            )
+        )
+        return
+    for number in before:
+        signal.signal(number, receive)
+    try:
+        yield lambda step: received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _describe(batch: HostBatch) -> str:
+    rows = batch.sharded["tokens"].shape[0]
+    return f"{rows} rows of {batch.shape.length} tokens"
+
+
+def _say_datasets(batches: Batches, config: Config) -> None:
+    uses, epochs = (
+        batches.schedule.uses(config.total_steps),
+        batches.schedule.epochs(config.total_steps),
+    )
+    rows = []
+    for store, plan, steps, passes in zip(batches.stores, batches.plans, uses, epochs, strict=True):
+        m = store.manifest
+        rows.append([
+            store.name, store.task, m["rows"], m["rejected"], m["texts"], m["mean_tokens"],
+            m["truncated_texts"], steps, f"{passes:.2f}",
+            f"{plan.shape.rows} x {plan.shape.length}", f"{plan.fill:.0%}",
+        ])  # fmt: skip
+        if m["rejected"]:
+            first = m["rejected_rows"][0]
+            say(
+                f"{store.name}: {m['rejected']} rows rejected, the first at {first['place']}:"
+                f" {first['reason']}; all in the dataset's manifest.json"
+            )
+    header = (
+        "dataset", "task", "rows", "rejected", "texts", "tokens", "cut", "steps", "epochs",
+        "batch", "filled",
+    )  # fmt: skip
+    say(metrics.table(header, rows))
+
+
+def _say_model(parts: build.Parts, abstract_params: Any, mesh: Any) -> None:
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params))
+    model = parts.model
+    source = f"weights of {parts.init}" if parts.init else "random weights"
+    if not model.embed_dim:
+        scaling = "no scaling layer"
+    elif parts.scaling_init:
+        scaling = f"its scaling layer to {model.embed_dim}"
+    else:
+        scaling = f"a new scaling layer to {model.embed_dim}, drawn by the seed"
+    say(
+        f"{count / 1e6:.1f}M parameters: {source}, {scaling}, {model.pooling} pooling;"
+        f" products in {np.dtype(model.dtype).name}; mesh {dict(mesh.shape)}"
+    )
+
+
+def _say_results(workdir: Path, config: Config, checkpoints: Checkpoints, output: Path) -> None:
+    by_step: dict[int, dict[str, Any]] = {}
+    for row in metrics.read(workdir / "eval.jsonl"):
+        by_step.setdefault(row["step"], {})[row["dataset"]] = row
+    before, after = by_step.get(0, {}), by_step.get(config.total_steps, {})
+    dims = [str(dim) for dim in config.eval.dims or config.loss.dims]
+    rows = [
+        [f"{name} {after[name]['metric']}"]
+        + [f"{before[name][d]:.3f} -> {after[name][d]:.3f}" for d in dims]
+        for name in after
+        if name in before
+    ]
+    if rows:
+        say("\n" + metrics.table(["before -> after, by prefix", *dims], rows))
+    say(
+        f"\ncheckpoint: {checkpoints.directory / str(checkpoints.latest)}"
+        f"\nexport:     {output}  (a sentence-transformers directory)"
+        f"\nnext:       python -m piccolo_jax.verify {output}"
+        f"\n            python -m piccolo_jax.embed --model={output} --input=FILE.jsonl"
+        " --output=FILE.npy"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,91 @@
+"""The train step: a pure function (state, batch) -> (state, metrics), and its programs."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from piccolo_jax import optim
+from piccolo_jax.config import Config
+from piccolo_jax.data.packing import Shape, num_segments
+from piccolo_jax.models.embedder import Embedder
+from piccolo_jax.tasks import Task
+from piccolo_jax.types import Batch, Metrics, Params, TrainState
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    model: Embedder, task: Task, config: Config, optimizer: optax.GradientTransformation
+) -> Step:
+    """The step of one task type. Jit it under the mesh, with the state donated.
+
+    Metrics: `loss` with the task's weight, `grad_norm` over trained parameters before clipping,
+    and what the loss reports.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        dropout = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def loss_fn(params: Params) -> tuple[jax.Array, Metrics]:
+            params = jax.tree.map(
+                lambda p, stop: jax.lax.stop_gradient(p) if stop else p,
+                params,
+                optim.frozen(params, config.model.freeze),
+            )
+            embeddings = model.apply(
+                {"params": params},
+                batch["tokens"],
+                batch["segments"],
+                batch["positions"],
+                batch["text_slots"],
+                num_segments=num_segments(batch["tokens"].shape[1]),
+                deterministic=False,
+                rngs={"dropout": dropout},
+            )
+            return task.loss(embeddings, batch, config.loss)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+class CompiledSteps:
+    """Steps compiled ahead of time, one per task type and batch shape; none appears unsaid."""
+
+    def __init__(
+        self,
+        model: Embedder,
+        tasks: dict[str, Task],
+        config: Config,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        shardings: TrainState,
+    ):
+        self._mesh, self._shardings = mesh, shardings
+        self._steps = {
+            name: make_step(model, task, config, optimizer) for name, task in tasks.items()
+        }
+        self._programs: dict[tuple[str, Shape], jax.stages.Compiled] = {}
+
+    def get(
+        self, task: str, shape: Shape, state: TrainState, batch: Batch
+    ) -> tuple[jax.stages.Compiled, float]:
+        """The program for a batch, and the seconds that compiling it took (0: it was there)."""
+        key = (task, shape)
+        if key in self._programs:
+            return self._programs[key], 0.0
+        started = time.monotonic()
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        with jax.set_mesh(self._mesh):
+            step = jax.jit(
+                self._steps[task], donate_argnums=0, out_shardings=(self._shardings, whole)
+            )
+            self._programs[key] = step.lower(state, batch).compile()
+        return self._programs[key], time.monotonic() - started

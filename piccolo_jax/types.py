@@ -1,0 +1,20 @@
+"""Types shared by every part: the error a user can cause, and the pytrees of a train step."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import optax
+
+Params = Any  # nested dict of jax.Array, as Flax makes it
+Batch = dict[str, jax.Array]  # the arrays of one global batch, see data/packing.py
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step reads and writes; `step` counts finished steps and determines the randomness."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState

@@ -1,0 +1,618 @@
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from piccolo_jax.data.formats import (
+    ClassificationExample,
+    Rejected,
+    RetrievalExample,
+    SimilarityExample,
+    expand_meta_list,
+    open_source,
+)
+from piccolo_jax.errors import UserError
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
+
+RETRIEVAL_ROW = {"text": "问题", "text_pos": "答案", "text_neg": ["无关"], "type": "retri_contrast"}
+CLASS_ROW = {"text": "球赛", "text_pos": "体育", "text_neg": ["财经"], "type": "cls_contrast"}
+PAIR_ROW = {"text": "甲", "text_pair": "乙", "label": 1, "type": "cosent"}
+
+
+def write_jsonl(path, *rows):
+    lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_bytes("".join(line + "\n" for line in lines).encode())
+    return str(path)
+
+
+def write_arrow(path, rows, batch_rows=2, file_format=False):
+    table = pa.Table.from_pylist(rows)
+    new = pa.ipc.new_file if file_format else pa.ipc.new_stream
+    with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=batch_rows)
+
+
+def save_to_disk(directory, *shards):
+    """What `datasets.Dataset.save_to_disk` writes, as far as rows go."""
+    directory.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
+    for name, rows in zip(names, shards, strict=True):
+        write_arrow(directory / name, rows)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
+    (directory / "state.json").write_text(json.dumps(state))
+    (directory / "dataset_info.json").write_text("{}")
+    return directory
+
+
+def queries(source):
+    return [example.query for example in source]
+
+
+def retrieval_rows(*texts):
+    return [{**RETRIEVAL_ROW, "text": text} for text in texts]
+
+
+def only(path, task=""):
+    (example,) = open_source(path, task)
+    return example
+
+
+def rejection(tmp_path, bad, good=RETRIEVAL_ROW):
+    """The reason given for a bad second row."""
+    first, second = open_source(write_jsonl(tmp_path / "rows.jsonl", good, bad))
+    assert not isinstance(first, Rejected)
+    assert isinstance(second, Rejected)
+    assert second.place == f"{tmp_path / 'rows.jsonl'}:2"
+    return second.reason
+
+
+# Columns
+
+
+def test_reads_the_reference_columns_by_type(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert only(write_jsonl(path, RETRIEVAL_ROW)) == RetrievalExample("问题", ("答案",), ("无关",))
+    assert only(write_jsonl(path, CLASS_ROW)) == ClassificationExample("球赛", ("体育",), ("财经",))
+    pair = only(write_jsonl(path, PAIR_ROW))
+    assert pair == SimilarityExample("甲", "乙", 1.0)
+    assert isinstance(pair.score, float)
+
+
+def test_reads_similarity_columns_without_type(tmp_path):
+    row = {"text": "a", "text_pair": "b", "label": 0.5}
+    assert only(write_jsonl(tmp_path / "a.jsonl", row)) == SimilarityExample("a", "b", 0.5)
+
+
+def test_reads_flagembedding_rows_as_retrieval_and_ignores_its_own_columns(tmp_path):
+    row = {"query": "q", "pos": ["p", "p2"], "neg": ["n"], "pos_scores": [1, 2], "neg_scores": [0],
+           "type": "normal", "prompt": "Find: "}  # fmt: skip
+    path = write_jsonl(tmp_path / "a.jsonl", row)
+    assert only(path) == RetrievalExample("q", ("p", "p2"), ("n",))
+
+
+def test_reads_flagembedding_rows_as_classification_when_told(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"query": "q", "pos": ["p"], "neg": ["n"]})
+    assert only(path, "classification") == ClassificationExample("q", ("p",), ("n",))
+
+
+@pytest.mark.parametrize("query", ["anchor", "query"])
+def test_reads_sentence_transformers_triplets(tmp_path, query):
+    path = tmp_path / "a.jsonl"
+    assert only(write_jsonl(path, {query: "a", "positive": "p"})) == RetrievalExample(
+        "a", ("p",), ()
+    )
+    triplet = {query: "a", "positive": "p", "negative": "n"}
+    assert only(write_jsonl(path, triplet)) == RetrievalExample("a", ("p",), ("n",))
+
+
+def test_reads_numbered_negatives_in_numeric_order_without_the_null_ones(tmp_path):
+    numbered = {f"negative_{i}": f"n{i}" for i in (10, 2, 1)}
+    row = {"anchor": "a", "positive": "p", **numbered, "negative_3": None, "negative_x": "no"}
+    path = write_jsonl(tmp_path / "a.jsonl", row)
+    assert only(path).negatives == ("n1", "n2", "n10")
+
+
+@pytest.mark.parametrize("score", ["score", "label"])
+def test_reads_sentence_transformers_pairs(tmp_path, score):
+    path = write_jsonl(tmp_path / "a.jsonl", {"sentence1": "a", "sentence2": "b", score: 3})
+    assert only(path) == SimilarityExample("a", "b", 3.0)
+
+
+def test_score_counts_before_label(tmp_path):
+    row = {"sentence1": "a", "sentence2": "b", "label": 1, "score": 0.25}
+    assert only(write_jsonl(tmp_path / "a.jsonl", row)).score == 0.25
+
+
+@pytest.mark.parametrize("negatives", [{}, {"text_neg": None}, {"text_neg": []}])
+def test_negatives_may_be_missing(tmp_path, negatives):
+    row = {"text": "q", "text_pos": ["p"], "type": "retri_contrast", **negatives}
+    assert only(write_jsonl(tmp_path / "a.jsonl", row)) == RetrievalExample("q", ("p",), ())
+
+
+def test_lists_lose_duplicates_and_keep_their_order(tmp_path):
+    row = {**RETRIEVAL_ROW, "text_pos": ["b", "a", "b"], "text_neg": ["z", "y", "z", "x"]}
+    example = only(write_jsonl(tmp_path / "a.jsonl", row))
+    assert example.positives == ("b", "a")
+    assert example.negatives == ("z", "y", "x")
+
+
+def test_a_label_is_not_among_the_other_labels(tmp_path):
+    row = {**CLASS_ROW, "text_pos": ["a", "b"], "text_neg": ["c", "b", "d", "a"]}
+    example = only(write_jsonl(tmp_path / "a.jsonl", row))
+    assert example.labels == ("a", "b")
+    assert example.other_labels == ("c", "d")
+
+
+def test_a_positive_may_equal_the_query_and_texts_are_kept_as_they_are(tmp_path):
+    row = {**RETRIEVAL_ROW, "text": " q\u2028 ", "text_pos": " q\u2028 ", "text_neg": "n"}
+    example = only(write_jsonl(tmp_path / "a.jsonl", row))
+    assert example == RetrievalExample(" q\u2028 ", (" q\u2028 ",), ("n",))
+
+
+# Task type
+
+
+def test_unclear_columns_are_an_error_that_says_what_to_write(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "a", "text_pos": "b", "text_neg": ["c"]})
+    with pytest.raises(UserError) as error:
+        open_source(path)
+    for part in (f"{path}:1", 'task="retrieval"', 'task="classification"', "DatasetConfig"):
+        assert part in str(error.value)
+    assert isinstance(only(path, "retrieval"), RetrievalExample)
+    assert isinstance(only(path, "classification"), ClassificationExample)
+
+
+@pytest.mark.parametrize("label", [3, "sports"])
+def test_a_label_beside_the_label_text_means_classification_unless_told(tmp_path, label):
+    row = {"text": "a", "text_pos": "b", "text_neg": ["c"], "label": label}
+    path = write_jsonl(tmp_path / "a.jsonl", row)
+    assert open_source(path).task == "classification"
+    assert open_source(path, "retrieval").task == "retrieval"
+
+
+def test_columns_of_two_task_types_leave_the_task_open(tmp_path):
+    row = {"text": "a", "text_pos": "b", "text_pair": "c", "label": 1}
+    path = write_jsonl(tmp_path / "a.jsonl", row)
+    with pytest.raises(UserError, match='task="similarity" or task="classification"'):
+        open_source(path)
+    assert only(path, "similarity") == SimilarityExample("a", "c", 1.0)
+
+
+def test_null_columns_of_a_merged_table_do_not_count(tmp_path):
+    row = {"text": "a", "text_pos": None, "text_neg": None, "text_pair": "b", "label": 1}
+    assert only(write_jsonl(tmp_path / "a.jsonl", row)) == SimilarityExample("a", "b", 1.0)
+
+
+def test_a_task_that_type_contradicts_is_an_error_that_names_both(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", RETRIEVAL_ROW)
+    with pytest.raises(UserError, match=r'retri_contrast.*retrieval.*task="classification"'):
+        open_source(path, "classification")
+
+
+def test_a_task_that_the_columns_cannot_serve_is_an_error_that_names_both(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"query": "q", "pos": ["p"]})
+    with pytest.raises(UserError, match=r'query, pos.*retrieval.*task="similarity"'):
+        open_source(path, "similarity")
+
+
+def test_an_unknown_task_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"'rerank'.*retrieval, similarity, classification"):
+        open_source(write_jsonl(tmp_path / "a.jsonl", RETRIEVAL_ROW), "rerank")
+
+
+def test_the_first_row_that_fits_decides_and_the_ones_before_it_are_rejected(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text_pos": None}, CLASS_ROW)
+    source = open_source(path)
+    assert source.task == "classification"
+    assert [type(example) for example in source] == [Rejected, Rejected, ClassificationExample]
+
+
+def test_later_rows_of_another_type_or_other_columns_are_rejected(tmp_path):
+    assert rejection(tmp_path, CLASS_ROW) == (
+        "type is cls_contrast, but the dataset's task is retrieval"
+    )
+    other_columns = {"text": "a", "text_pair": "b", "label": 1}
+    assert rejection(tmp_path, other_columns) == "no positive in text_pos"
+
+
+def test_columns_of_no_format_are_an_error_that_lists_them_and_the_known_formats(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", r'{"id": 1, "title": null, "\ud800": 2, "正文": "x"}')
+    with pytest.raises(UserError) as error:
+        open_source(path)
+    message = str(error.value)
+    assert f"{path}:1: columns id, title (null), \\ud800, 正文 fit no known format" in message
+    for known in ("text, text_pos[, text_neg]", "query, pos[, neg]", "sentence1, sentence2, score"):
+        assert known in message
+    message.encode()
+
+
+def test_a_type_whose_columns_are_missing_fits_no_format(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "a", "text_pos": "b", "type": "cosent"})
+    with pytest.raises(UserError, match="text_pos, type, with type for similarity fit no known"):
+        open_source(path)
+
+
+# Rows that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"text": ""}, "text is empty"),
+        ({"text": " \t\n\u3000"}, "text is empty"),
+        ({"text": None}, "text is missing"),
+        ({"text": 7}, "text is int, not text"),
+        ({"text": ["a"]}, "text is list, not text"),
+        ({"text_pos": None}, "no positive in text_pos"),
+        ({"text_pos": []}, "no positive in text_pos"),
+        ({"text_pos": ""}, "text_pos is empty"),
+        ({"text_pos": 1.5}, "text_pos is float, not text"),
+        ({"text_pos": ["a", " "]}, "text_pos[1] is empty"),
+        ({"text_pos": [None]}, "text_pos[0] is missing"),
+        ({"text_pos": {"a": "b"}}, "text_pos is dict, not text"),
+        ({"text_neg": ["a", ["b"]]}, "text_neg[1] is list, not text"),
+        ({"text_neg": ["a", ""]}, "text_neg[1] is empty"),
+        ({"text_neg": True}, "text_neg is bool, not text"),
+    ],
+)
+def test_a_row_with_unusable_text_is_rejected_with_field_and_reason(tmp_path, change, reason):
+    assert rejection(tmp_path, {**RETRIEVAL_ROW, **change}) == reason
+    assert rejection(tmp_path, {**CLASS_ROW, **change}, good=CLASS_ROW) == reason
+
+
+def test_a_lone_surrogate_is_rejected(tmp_path):
+    bad = r'{"text": "a\ud800b", "text_pos": "p", "type": "retri_contrast"}'
+    assert rejection(tmp_path, bad).startswith("text holds a lone surrogate")
+    bad = r'{"text": "a", "text_pos": "p", "text_neg": ["\ud83d\ude00", "\udc00"]}'
+    assert rejection(tmp_path, bad).startswith("text_neg[1] holds a lone surrogate")
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ("NaN", "label is NaN"),
+        ("Infinity", "label is infinite"),
+        ("-1e999", "label is infinite"),
+        ("1" + "0" * 400, "label is infinite"),
+        ("null", "label is missing"),
+        ("true", "label is bool, not a number"),
+        ('"1.0"', "label is str, not a number"),
+        ("[1]", "label is list, not a number"),
+    ],
+)
+def test_a_row_with_an_unusable_score_is_rejected(tmp_path, label, reason):
+    bad = f'{{"text": "a", "text_pair": "b", "label": {label}, "type": "cosent"}}'
+    assert rejection(tmp_path, bad, good=PAIR_ROW) == reason
+
+
+@pytest.mark.parametrize("field", ["text", "text_pair"])
+def test_both_texts_of_a_pair_are_checked(tmp_path, field):
+    assert rejection(tmp_path, {**PAIR_ROW, field: " "}, good=PAIR_ROW) == f"{field} is empty"
+
+
+def test_wrong_column_types_in_every_row_reject_every_row(tmp_path):
+    rows = [{"query": i, "pos": ["p"]} for i in range(3)]
+    source = open_source(write_jsonl(tmp_path / "a.jsonl", *rows))
+    assert [example.reason for example in source] == ["query is int, not text"] * 3
+
+
+def test_rows_of_tables_are_rejected_with_their_number_across_batches(tmp_path):
+    rows = [{"sentence1": "a", "sentence2": "b", "score": s} for s in (1.0, 2.0, float("nan"))]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write_arrow(tmp_path / "a.arrow", rows)
+    for file in (tmp_path / "a.parquet", tmp_path / "a.arrow"):
+        assert list(open_source(str(file)))[2] == Rejected(f"{file}:row 3", "score is NaN")
+
+
+# Files
+
+
+def test_jsonl_may_have_blank_lines_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "a.json"
+    lines = [json.dumps(row).encode() for row in (*retrieval_rows("a", "b"), {"text": ""})]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n  \n".join(lines))
+    *examples, rejected = open_source(str(path))
+    assert [example.query for example in examples] == ["a", "b"]
+    assert rejected.place == f"{path}:7"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a", ', r"broken JSON \(.*: column 14 "),
+        (b"[" * 100_000, "broken JSON"),
+        (b'{"label": 1' + b"0" * 5000 + b"}", "broken JSON"),
+        (b'["a"]', "not a JSON object"),
+        (b"3", "not a JSON object"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        ("{}".encode("utf-16"), "not UTF-8"),
+    ],
+)
+def test_a_broken_line_is_an_error_that_names_file_and_line(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(RETRIEVAL_ROW).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(UserError, match=rf"a\.jsonl:3: {message}"):
+        open_source(str(path))
+
+
+def test_a_broken_line_far_into_the_file_is_met_while_iterating(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", *[RETRIEVAL_ROW] * 300, '{"text"')
+    rows = iter(open_source(path))
+    assert len(list(itertools.islice(rows, 300))) == 300
+    with pytest.raises(UserError, match=r"a\.jsonl:301: broken JSON"):
+        next(rows)
+
+
+def test_reads_parquet(tmp_path):
+    rows = [{"query": f"q{i}", "pos": ["p"], "neg": ["n"]} for i in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert list(source) == [RetrievalExample(f"q{i}", ("p",), ("n",)) for i in range(5)]
+
+
+@pytest.mark.parametrize("file_format", [False, True])
+def test_reads_arrow_streams_and_arrow_files(tmp_path, file_format):
+    write_arrow(tmp_path / "b.arrow", retrieval_rows("c"), file_format=file_format)
+    write_arrow(tmp_path / "a.arrow", retrieval_rows("a", "b", "d"), file_format=file_format)
+    write_arrow(tmp_path / "cache-1.arrow", retrieval_rows("no"))
+    assert queries(open_source(str(tmp_path))) == ["a", "b", "d", "c"]
+
+
+def test_reads_large_and_dictionary_encoded_strings(tmp_path):
+    table = pa.table(
+        {
+            "sentence1": pa.array(["a", "b"], pa.large_string()),
+            "sentence2": pa.array(["c", "c"]).dictionary_encode(),
+            "score": pa.array([1, 2], pa.int8()),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert list(open_source(str(tmp_path / "a.parquet"))) == [
+        SimilarityExample("a", "c", 1.0),
+        SimilarityExample("b", "c", 2.0),
+    ]
+
+
+def test_reads_a_saved_dataset_in_the_order_of_its_state_file(tmp_path):
+    directory = save_to_disk(tmp_path / "d", retrieval_rows("a", "b", "c"), retrieval_rows("d"))
+    write_arrow(directory / "data-left-over.arrow", retrieval_rows("no"))
+    source = open_source(str(directory))
+    assert queries(source) == ["a", "b", "c", "d"]
+    assert source.path == str(directory)
+    assert [file.name[:10] for file in source.files] == ["data-00000", "data-00001"]
+
+
+def test_concatenates_the_splits_of_a_dataset_dict(tmp_path):
+    save_to_disk(tmp_path / "validation", retrieval_rows("c"))
+    save_to_disk(tmp_path / "train", retrieval_rows("a", "b"))
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    assert queries(open_source(str(tmp_path))) == ["a", "b", "c"]
+
+
+def test_reads_what_the_datasets_library_saves(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(retrieval_rows("a", "b", "c"))
+    splits = datasets.DatasetDict(train=rows.select([2, 0]), test=rows.select([1]))
+    splits.save_to_disk(tmp_path / "d")
+    assert queries(open_source(str(tmp_path / "d"))) == ["c", "a", "b"]
+
+
+def test_reads_all_jsonl_or_parquet_files_of_a_directory_in_name_order(tmp_path):
+    for folder in ("j", "p"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "README.md").write_text("notes")
+        (tmp_path / folder / "info.json").write_text("{}")
+    write_jsonl(tmp_path / "j" / "2.jsonl", *retrieval_rows("b"))
+    write_jsonl(tmp_path / "j" / "1.jsonl", *retrieval_rows("a"))
+    (tmp_path / "j" / "0.jsonl").touch()
+    (tmp_path / "j" / "._1.jsonl").write_bytes(b"\x00\x05")
+    assert queries(open_source(str(tmp_path / "j"))) == ["a", "b"]
+    for name in ("2", "1"):
+        rows = pa.Table.from_pylist(retrieval_rows(name))
+        pq.write_table(rows, tmp_path / "p" / f"{name}.parquet")
+    assert queries(open_source(str(tmp_path / "p"))) == ["1", "2"]
+
+
+def test_a_directory_of_several_kinds_or_of_none_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no data files"):
+        open_source(str(tmp_path))
+    write_jsonl(tmp_path / "a.jsonl", RETRIEVAL_ROW)
+    write_arrow(tmp_path / "a.arrow", [RETRIEVAL_ROW])
+    with pytest.raises(UserError, match=r"several kinds: \.arrow, \.jsonl"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["missing", "a" * 5000, "a\0b"])
+def test_a_missing_path_is_an_error(tmp_path, name):
+    with pytest.raises(UserError, match="no such file or directory"):
+        open_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_an_error(tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.jsonl: holds no rows"):
+        open_source(str(tmp_path / "a.jsonl"))
+
+
+def test_a_file_of_unknown_kind_is_an_error_that_lists_the_known_ones(tmp_path):
+    (tmp_path / "a.csv").write_text("query,pos\nq,p\n")
+    with pytest.raises(UserError, match=r"a\.csv.*\.jsonl, \.json, \.parquet, \.arrow"):
+        open_source(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+@pytest.mark.parametrize("keep", [0, 20, -200])
+def test_a_truncated_table_is_an_error_that_names_the_file(tmp_path, kind, keep):
+    file = tmp_path / f"a.{kind}"
+    rows = retrieval_rows(*map(str, range(2000)))
+    if kind == "arrow":
+        write_arrow(file, rows, batch_rows=1000)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match=rf"a\.{kind}: damaged or unreadable"):
+        list(open_source(str(file)))
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_invalid_utf8_in_a_table_is_an_error_that_names_the_file(tmp_path, kind):
+    bad = pa.array([b"\xff"], pa.binary()).view(pa.string())
+    table = pa.table({"query": bad, "pos": ["p"]})
+    file = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UserError, match=rf"a\.{kind}: damaged"):
+        list(open_source(str(file)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("state.json", "{", "not a readable dataset"),
+        ("state.json", "{}", "not a readable dataset"),
+        ("state.json", "[]", "not a readable dataset"),
+        ("state.json", '{"_data_files": [{"filename": "x.arrow"}]}', "x.arrow: listed .* missing"),
+        (
+            "state.json",
+            '{"_data_files": [{"filename": "data.arrow"}], "_indices_data_files": [{}]}',
+            "index file",
+        ),
+        ("dataset_dict.json", "[]", "not a readable dataset"),
+        ("dataset_dict.json", '{"splits": ["train"]}', "train: no such directory"),
+    ],
+)
+def test_broken_metadata_of_a_saved_dataset_is_an_error(tmp_path, name, content, message):
+    write_arrow(tmp_path / "data.arrow", [RETRIEVAL_ROW])
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path))
+
+
+def test_a_source_can_be_read_again_in_parallel_and_after_pickling(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", *retrieval_rows("a", "b", "c"))
+    source = open_source(path)
+    first = list(source)
+    half_read = iter(source)
+    next(half_read)
+    assert list(source) == first
+    assert list(half_read) == first[1:]
+    assert list(pickle.loads(pickle.dumps(source))) == first
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "arrow", "parquet"])
+def test_reading_streams_in_bounded_memory(tmp_path, kind):
+    rows = [{**RETRIEVAL_ROW, "text": f"{i} " + "x" * 2000} for i in range(5000)]
+    file = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write_jsonl(file, *rows)
+    elif kind == "arrow":
+        write_arrow(file, rows, batch_rows=5000)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    del rows
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in open_source(str(file))) == 5000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 7e6  # the texts alone are 10 MB
+
+
+# Meta lists
+
+
+def test_a_meta_list_gives_directories_and_repeats(tmp_path, monkeypatch):
+    for name in ("meta/beside", "meta/with space", "cwd/here", "cwd/beside"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    meta = tmp_path / "meta" / "list.txt"
+    meta.write_text(
+        f"# datasets\n\nbeside 2\nwith space\t0.5  # half\n  here 1.0\n{tmp_path / 'cwd'} 3\n"
+    )
+    assert expand_meta_list(str(meta)) == [
+        (str(tmp_path / "meta" / "beside"), 2.0),
+        (str(tmp_path / "meta" / "with space"), 0.5),
+        ("here", 1.0),
+        (str(tmp_path / "cwd"), 3.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["data", "data x", "data 0", "data -1", "data nan", "data inf", "7", '{"text": "a"}']
+)
+def test_a_line_that_is_not_directory_and_repeats_is_an_error_naming_it(tmp_path, line):
+    (tmp_path / "data").mkdir()
+    meta = tmp_path / "list.txt"
+    meta.write_text(f"data 1\n# more\n{line}\n")
+    with pytest.raises(UserError, match=r"list\.txt:3: .*DIRECTORY REPEATS"):
+        expand_meta_list(str(meta))
+
+
+def test_a_missing_directory_of_a_meta_list_is_an_error_naming_file_and_line(tmp_path):
+    meta = tmp_path / "list.txt"
+    meta.write_text("\ngone 1\n")
+    with pytest.raises(UserError, match=rf"list\.txt:2: no directory .*{os.sep}gone or gone"):
+        expand_meta_list(str(meta))
+
+
+def test_an_empty_or_binary_meta_list_is_an_error(tmp_path):
+    meta = tmp_path / "list.txt"
+    meta.write_text("# nothing\n")
+    with pytest.raises(UserError, match=r"list\.txt: empty"):
+        expand_meta_list(str(meta))
+    meta.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"list\.txt: not a text file"):
+        expand_meta_list(str(meta))
+
+
+def test_data_and_missing_paths_are_no_meta_lists(tmp_path):
+    assert expand_meta_list(str(tmp_path)) is None
+    assert expand_meta_list(str(tmp_path / "gone.txt")) is None
+    assert expand_meta_list(write_jsonl(tmp_path / "a.jsonl", RETRIEVAL_ROW)) is None
+
+
+# Everything
+
+
+def test_importing_the_readers_does_not_import_jax():
+    code = "import sys, piccolo_jax.data.formats; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_shared_training_file_is_read_whole():
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs the folder `shared` beside the repository")
+    tasks = {
+        "retri_contrast": "retrieval",
+        "cls_contrast": "classification",
+        "cosent": "similarity",
+        None: "retrieval",  # the reranking files
+    }
+    entries = [
+        entry
+        for entry in json.loads((SHARED_DATA / "manifest.json").read_text())["files"]
+        if "train" in Path(entry["file"]).name
+        and not Path(entry["file"]).name.startswith(("queries", "qrels"))
+    ]
+    assert len(entries) > 15
+    for entry in entries:
+        task = tasks[entry.get("type")]
+        source = open_source(str(SHARED_DATA / entry["file"]), task)
+        examples = list(source)
+        rejected = [example for example in examples if isinstance(example, Rejected)]
+        assert source.task == task, entry["file"]
+        assert (len(examples), rejected) == (entry["rows"], []), entry["file"]
