@@ -1,8 +1,11 @@
 """Checkpoints: parameters, optimizer state, step and config. The only file that knows orbax."""
 
+import itertools
 import json
+import re
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -16,7 +19,11 @@ DIRECTORY = "checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of a workdir. A checkpoint at t means: batch t is not yet used."""
+    """The checkpoints of a workdir. A checkpoint at t means: batch t is not yet used.
+
+    To be read only, unless `keep` says how many to keep. Leaving it as a context waits until
+    everything is on disk.
+    """
 
     def __init__(self, workdir: Path, keep: int | None = None):
         self.directory = workdir.absolute() / DIRECTORY
@@ -31,7 +38,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, config: Config, data: list[str]) -> None:
-        """Saves in the background; `data` are fingerprints of the datasets. Once per step."""
+        """Saves in the background; `data` are names and fingerprints of the datasets."""
         if step == self.latest:
             return
         about = {"config": json.loads(config_lib.to_json(config)), "data": data}
@@ -46,23 +53,32 @@ class Checkpoints:
         """Returns when everything is on disk."""
         self._manager.wait_until_finished()
 
-    def check(self, config: Config, data: list[str] | None = None) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def check(self, config: Config, data: list[str]) -> None:
         """Raises UserError if the latest checkpoint is of a run that learns something else."""
         saved, saved_data = self.about()
         changes = config_lib.diff(saved, config)
-        if not changes and data is not None and saved_data != data:
-            changes = ["the content of the training data"]
+        if not changes:
+            pairs = itertools.zip_longest(saved_data, data)
+            changes = [f"content of dataset: {old} -> {new}" for old, new in pairs if old != new]
         if changes:
+            raise UserError(config_lib.refusal(self.directory, changes))
+        if self.latest and self.latest > config.total_steps:
             raise UserError(
-                f"{self.directory} is from a run with another config:\n  "
-                + "\n  ".join(changes)
-                + "\nChange the config back to go on with that run, or give another --workdir"
+                f"config.total_steps = {config.total_steps}: {self.directory} has gone on to step"
+                f" {self.latest} already; give that many or more, or another --workdir"
             )
 
     def about(self) -> tuple[Config, list[str]]:
         """Config and data fingerprints of the latest checkpoint."""
         about = self._restore(about=ocp.args.JsonRestore())["about"]
-        return config_lib.from_json(json.dumps(about["config"])), about["data"]
+        source = str(self.directory / str(self.latest) / "about")
+        return config_lib.from_json(json.dumps(about["config"]), source), about["data"]
 
     def restore(self, abstract_state: TrainState) -> TrainState:
         """The latest state, in the shardings of `abstract_state`."""
@@ -81,13 +97,16 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise UserError(f"{self.directory}: holds no complete checkpoint")
+        # Reads that go on after one has failed would each end with a traceback on standard error.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except UserError:
-            raise
+            values = self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
-            reason = str(error).strip().splitlines()[0][:300]
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = re.split(r" \[tensorstore_spec|\. See full TensorStore", reason)[0][:300]
             raise UserError(
                 f"{self.directory / str(step)}: this checkpoint can't be read ({reason}). If it is"
                 " damaged, delete it: the run then goes on from the one before"
             ) from error
+        sys.unraisablehook = hook
+        return values

@@ -1,5 +1,9 @@
 """What every command shares: how flags become a Config, and how errors become exit codes."""
 
+import errno
+import re
+import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,6 +16,12 @@ from piccolo_jax import config as config_lib
 from piccolo_jax.config import Config
 from piccolo_jax.errors import UserError
 
+# What the machine, and not this program, has to do with: no right, no room, no such device.
+_MACHINE_ERRORS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
+    errno.EMFILE, errno.ENFILE, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command and exits: 0 done, 2 for what the user can mend, with one message."""
@@ -20,6 +30,15 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}: make room, or give another folder", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def parse_config(argv: list[str], usage: str) -> tuple[Config, Path]:
@@ -35,35 +54,49 @@ def parse_config(argv: list[str], usage: str) -> tuple[Config, Path]:
     flags.DEFINE_string(
         "workdir", None, "Folder for everything the run writes.", flag_values=values
     )
-    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False)
-    path = _config_path(argv)
-    if path and not Path(path.partition(":")[0]).is_file():
-        raise UserError(f"--config={path}: there is no such file")
+    overridden = [m[1] for m in map(re.compile(r"--?config\.([^=]+)").match, argv) if m]
+
+    def load(path: str) -> Config:
+        config = _load(path)
+        for field in overridden:
+            config_lib.get(config, field)
+        return config
+
+    config_flags.DEFINE_config_dataclass(
+        "config", Config(), flag_values=values, sys_argv=argv, parse_fn=load
+    )
     try:
         rest = values(argv)[1:]
-    except (Exception, SystemExit) as error:  # the config file is code, and can raise anything
-        raise UserError(_explain(error, argv)) from error
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds: what config_flags could not set or parse
+        raise UserError(str(error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}\n{usage}")
     for name in ("config", "workdir"):
-        if not values[name].value:
+        if not (values[name].present and values[name].value):
             raise UserError(f"--{name} is missing\n{usage}")
     config = values["config"].value
-    if not isinstance(config, Config):
-        raise UserError(f"--config: get_config() must return a Config, not {type(config).__name__}")
     config_lib.validate(config)
     return config, Path(values["workdir"].value)
 
 
-def _explain(error: BaseException, argv: list[str]) -> str:
-    path = _config_path(argv)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if path and path in f.filename]
-    place = f"{path}:{frames[-1].lineno}: " if frames else ""
-    if isinstance(error, KeyError):  # how config_flags reports --config.x of an unknown x
-        return f"{place}unknown config field: {error.args[0]}"
-    kind = "" if isinstance(error, flags.Error) else f"{type(error).__name__}: "
-    return f"{place}{kind}{error}"
-
-
-def _config_path(argv: list[str]) -> str:
-    return next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), "")
+def _load(path: str) -> Config:
+    """What get_config() of a file returns. The file is code, and can raise anything."""
+    if not Path(path).is_file():
+        raise UserError(f"--config={path}: there is no such file")
+    try:
+        names = runpy.run_path(path)
+        if "get_config" not in names:
+            raise UserError(f"{path}: defines no function get_config()")
+        config = names["get_config"]()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        place = f"{path}:{frames[-1].lineno}" if frames else path
+        raise UserError(f"{place}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise UserError(f"{path}: get_config() must return a Config, not {kind}")
+    return config

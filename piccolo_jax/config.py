@@ -8,7 +8,9 @@ import dataclasses
 import itertools
 import json
 import re
+import reprlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, dataclass_transform
 
 import pydantic
@@ -203,14 +205,15 @@ def validate(config: Config) -> None:
 
     Lists are taken for tuples, in place; nothing else is changed.
     """
-    for node in (config.data, config.eval, config.loss, config.model):
+    for node in filter(dataclasses.is_dataclass, (config.data, config.eval, config.loss,
+                                                  config.model)):  # fmt: skip
         for field in dataclasses.fields(node):
             if isinstance(getattr(node, field.name), list):
                 setattr(node, field.name, tuple(getattr(node, field.name)))
 
     def require(ok: bool, field: str, allowed: str) -> None:
         if not ok:
-            value = _get(config, field)
+            value = get(config, field)
             raise UserError(f"config.{field} = {value!r}: must be {allowed}")
 
     try:
@@ -220,17 +223,18 @@ def validate(config: Config) -> None:
 
     def positive(*fields: str) -> None:
         for field in fields:
-            require(_get(config, field) > 0, field, "greater than 0")
+            require(get(config, field) > 0, field, "greater than 0")
 
     def not_negative(*fields: str) -> None:
         for field in fields:
-            require(_get(config, field) >= 0, field, "0 or greater")
+            require(get(config, field) >= 0, field, "0 or greater")
 
     def one_of(field: str, *allowed: str) -> None:
-        require(_get(config, field) in allowed, field, f"one of {', '.join(map(repr, allowed))}")
+        require(get(config, field) in allowed, field, f"one of {', '.join(map(repr, allowed))}")
 
     positive("total_steps", "batch_size", "log.every", "checkpoint.keep")
     not_negative("seed", "checkpoint.every", "eval.every")
+    require(config.seed < 2**32, "seed", "less than 2**32")
 
     model = config.model
     require(bool(model.init or model.tokenizer), "model.tokenizer",
@@ -255,7 +259,7 @@ def validate(config: Config) -> None:
     dims = config.loss.dims
     require(len(dims) > 0, "loss.dims", "at least one prefix length, e.g. (256,)")
     for field in ("loss.dims", "eval.dims"):
-        values = _get(config, field)
+        values = get(config, field)
         require(all(d > 0 for d in values), field, "greater than 0")
         require(all(a < b for a, b in itertools.pairwise(values)), field,
                 "strictly increasing")  # fmt: skip
@@ -274,7 +278,7 @@ def validate(config: Config) -> None:
     require(config.optim.warmup_steps < config.total_steps, "optim.warmup_steps",
             f"less than total_steps = {config.total_steps}")  # fmt: skip
     for beta in ("optim.b1", "optim.b2"):
-        require(0 <= _get(config, beta) < 1, beta, "in [0, 1)")
+        require(0 <= get(config, beta) < 1, beta, "in [0, 1)")
 
     data = config.data
     require(len(data.datasets) > 0, "data.datasets", "at least one DatasetConfig(path=...)")
@@ -288,9 +292,9 @@ def validate(config: Config) -> None:
         one_of(f"eval.datasets[{i}].task", "", *TASK_NAMES)
         not_negative(f"eval.datasets[{i}].max_rows")
     for field in ("data.query_max_length", "data.max_length"):
-        require(_get(config, field) >= 3, field, "3 tokens or more (two are special)")
+        require(get(config, field) >= 3, field, "3 tokens or more (two are special)")
         if not model.init:
-            require(_get(config, field) <= model.max_positions, field,
+            require(get(config, field) <= model.max_positions, field,
                     f"at most model.max_positions = {model.max_positions}")  # fmt: skip
     not_negative("data.negatives")
 
@@ -303,7 +307,7 @@ def validate(config: Config) -> None:
 def validate_width(config: Config, width: int) -> None:
     """Raises UserError if a listed prefix is longer than the embedding's width."""
     for field in ("loss.dims", "eval.dims"):
-        values = _get(config, field)
+        values = get(config, field)
         if values and values[-1] > width:
             raise UserError(
                 f"config.{field} = {values}: prefix {values[-1]} is longer than the embedding,"
@@ -316,18 +320,20 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=2) + "\n"
 
 
-def from_json(text: str) -> Config:
-    """Inverse of to_json. Raises UserError on fields that this version doesn't know."""
+def from_json(text: str, source: str) -> Config:
+    """Inverse of to_json. Raises UserError, naming `source`, for what this version can't read."""
     try:
         return pydantic.TypeAdapter(Config).validate_json(text)
     except pydantic.ValidationError as error:
-        raise UserError(_first_problem(error)) from None
+        raise UserError(
+            f"{source}: {_first_problem(error)}; not a config that this version wrote"
+        ) from None
 
 
 def _first_problem(error: pydantic.ValidationError) -> str:
     problem = error.errors()[0]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"])
-    return f"config{field} = {problem['input']!r}: {problem['msg']}"
+    return f"config{field} = {reprlib.repr(problem['input'])}: {problem['msg']}"
 
 
 def diff(old: Config, new: Config) -> list[str]:
@@ -343,6 +349,15 @@ def diff(old: Config, new: Config) -> list[str]:
     return [f"{f}: {before.get(f)!r} -> {after.get(f)!r}" for f in sorted(changed)]
 
 
+def refusal(path: Path, changes: list[str]) -> str:
+    """What to tell the user who goes on with the run at `path` with another config."""
+    return (
+        f"{path} is of a run with another config:\n  "
+        + "\n  ".join(changes)
+        + "\nChange the config back to go on with that run, or give another --workdir"
+    )
+
+
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if dataclasses.is_dataclass(node):
         for field in dataclasses.fields(node):
@@ -355,9 +370,18 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tuple(node) if isinstance(node, list) else node
 
 
-def _get(config: Config, field: str) -> Any:
+def get(config: Config, field: str) -> Any:
+    """The value of a field such as `data.datasets[0].path`; UserError if there is no such field."""
     node: Any = config
-    for name, index in re.findall(r"(\w+)(?:\[(\d+)\])?", field):
-        node = getattr(node, name)
-        node = node[int(index)] if index else node
+    place = "config"
+    for name, index in re.findall(r"([^.\[\]]+)(?:\[(\d+)\])?", field):
+        names = [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+        if name not in names:
+            known = f"{place} has the fields {', '.join(names)}" if names else f"{place} has none"
+            raise UserError(f"config.{field}: unknown config field {name!r}: {known}")
+        node, place = getattr(node, name), f"{place}.{name}"
+        if index:
+            if not isinstance(node, tuple | list) or int(index) >= len(node):
+                raise UserError(f"config.{field}: {place} = {reprlib.repr(node)} has no [{index}]")
+            node, place = node[int(index)], f"{place}[{index}]"
     return node

@@ -8,6 +8,7 @@ Writes float32 [lines, dim]: cut to the prefix, then normalised; row n is line n
 import argparse
 import json
 import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     if not 0 <= args.dim <= model.width:
         raise UserError(f"--dim={args.dim}: must be from 1 to {model.width}, the model's width")
     embeddings = model.encode(params, texts, args.prompt, progress="encoding")
-    partial = args.output.with_name(args.output.name + ".partial")
+    partial = args.output.with_name(f"{args.output.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         with partial.open("wb") as file:
             np.save(file, encoder.cut(embeddings, args.dim or model.width))

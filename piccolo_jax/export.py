@@ -44,14 +44,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     args = parser.parse_args(argv[1:])
     check_output(args.output, args.overwrite)
-    checkpoints = Checkpoints(args.workdir)
+    step, config, parts, params = read_checkpoint(args.workdir)
+    write(args.output, jax.device_get(params), parts, config, args.overwrite)
+    print(f"step {step} of {args.workdir} is in {args.output}")
+
+
+def read_checkpoint(workdir: Path) -> tuple[int, Config, build.Parts, Params]:
+    """Step, config, model and parameters (on one device) of a run's latest checkpoint."""
+    checkpoints = Checkpoints(workdir)
     config, _ = checkpoints.about()
     parts = build.build(config)
-    mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    shardings = build.param_shardings(parts.model, mesh)
+    shardings = build.param_shardings(parts.model, make_mesh(MeshConfig(), jax.local_devices()[:1]))
     params = checkpoints.restore_params(build.abstract_params(parts.model, shardings))
-    write(args.output, jax.device_get(params), parts, config, args.overwrite)
-    print(f"step {checkpoints.latest} of {args.workdir} is in {args.output}")
+    return checkpoints.latest or 0, config, parts, params
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -68,21 +73,34 @@ def write(
     `params` are numpy arrays, whole.
     """
     check_output(output, overwrite)
-    partial = output.absolute().with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
+    output = output.absolute()
+    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
+        partial.mkdir(parents=True)
         _write_files(partial, params, parts, config)
-        if output.exists():
-            old = partial.with_name(partial.name + "-old")
-            os.rename(output, old)
-            os.rename(partial, output)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, output)
+        _replace(partial, output)
     except OSError as error:
         raise UserError(f"{output}: can't be written ({error.strerror})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(partial: Path, output: Path) -> None:
+    """Moves a directory to a place where something may be; that is gone only when all is done."""
+    if not output.exists():
+        os.rename(partial, output)
+        return
+    old = partial.with_name(partial.name + "-old")
+    os.rename(output, old)
+    try:
+        os.rename(partial, output)
+    except OSError:
+        os.rename(old, output)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old)
+    else:
+        old.unlink()
 
 
 def _write_files(directory: Path, params: Params, parts: build.Parts, config: Config) -> None:
@@ -131,6 +149,7 @@ def _write_files(directory: Path, params: Params, parts: build.Parts, config: Co
             "prompts": _prompts(config),
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
+            "matryoshka_dims": list(config.loss.dims),  # ours; sentence-transformers skips it
         },
     )
     (directory / "README.md").write_text(_model_card(parts, config), encoding="utf-8")

@@ -61,7 +61,7 @@ def info_nce(
         target = jnp.diagonal(logits[:, :rows])
         logits = jnp.where(others, logits, -jnp.inf)
         losses.append(jnp.mean(_cross_entropy(target, logits, times_own)))
-    accuracy = jnp.mean(target >= logits.max(axis=1))
+    accuracy = jnp.mean((target[:, None] >= logits).all(axis=1))
     return jnp.mean(jnp.stack(losses)), {"accuracy": accuracy}
 
 
@@ -88,12 +88,11 @@ def cosent(
     order = jnp.argsort(score)
     scaled = constrain(cosines, None, None)[:, order] / temperature
     smaller = jnp.searchsorted(score[order], score[order], side="left")  # rows with a lower score
-    running = jax.lax.cumlogsumexp(scaled, axis=1)
+    running = contrastive.cumulative_log_sum_exp(scaled)
     has_smaller = smaller > 0
     below = jnp.where(has_smaller, running[:, jnp.maximum(smaller - 1, 0)], 0.0)
     terms = jnp.where(has_smaller, below - scaled, -jnp.inf)
-    with_one = jnp.concatenate([jnp.zeros_like(terms[:, :1]), terms], axis=1)
-    return jnp.mean(jax.nn.logsumexp(with_one, axis=1)), {}
+    return jnp.mean(_cross_entropy(jnp.zeros(len(dims)), terms)), {}
 
 
 def label_contrast(
@@ -122,7 +121,7 @@ def label_contrast(
     )
     logits = cosines / temperature
     target, others = logits[..., 0], jnp.where(other_labels_keep, logits[..., 1:], -jnp.inf)
-    accuracy = jnp.mean(target[-1] >= others[-1].max(axis=1))
+    accuracy = jnp.mean((target[-1, :, None] >= others[-1]).all(axis=1))
     return jnp.mean(_cross_entropy(target, others)), {"accuracy": accuracy}
 
 
@@ -133,12 +132,14 @@ def _cross_entropy(
 ) -> Float[Array, "*batch"]:
     """log(times_target * exp(target) + sum of exp(others)) - target.
 
-    The target is added last, once the small others are summed: near a loss of 0 a sum that held it
-    from the start would lose most of them to rounding, as the log-sum-exp of all would.
+    Near a loss of 0 the others are many small numbers beside a 1. They are summed before the 1 is
+    added, and the gradient flows through them alone, so that rounding takes neither: the textbook
+    forms sum all in one go, and have gradients with p - 1 in them.
     """
-    largest = jax.lax.stop_gradient(jnp.maximum(target, others.max(axis=-1)))
-    total = jnp.exp(others - largest[..., None]).sum(axis=-1)
-    return jnp.log(times_target * jnp.exp(target - largest) + total) - (target - largest)
+    margins = others - target[..., None]
+    largest = jax.lax.stop_gradient(margins.max(axis=-1, initial=0.0))
+    total = jnp.exp(margins - largest[..., None]).sum(axis=-1)
+    return largest + jnp.log(times_target * jnp.exp(-largest) + total)
 
 
 def _first_occurrences(

@@ -1,5 +1,6 @@
 """What a run reports: JSON lines, messages and tables, written by process 0 only."""
 
+import contextlib
 import json
 import os
 import sys
@@ -35,16 +36,16 @@ class JsonLines:
     """Appends objects to a file, one a line, each with a `step`.
 
     Opening drops lines of later steps than `last_step`, which a resumed run makes anew, and a line
-    that a killed process left half-written.
+    that a killed process left half-written. `kept` are the lines that stay.
     """
 
     def __init__(self, path: Path, last_step: int):
         self._writes = jax.process_index() == 0
         self.path = path
+        self.kept = [line for line in read(path) if line["step"] <= last_step]
         if self._writes and path.exists():
-            kept = [line for line in read(path) if line["step"] <= last_step]
             partial = path.with_name(path.name + ".partial")
-            partial.write_text("".join(map(_line, kept)), encoding="utf-8")
+            partial.write_text("".join(map(_line, self.kept)), encoding="utf-8")
             os.replace(partial, path)
 
     def write(self, values: dict[str, Any]) -> None:
@@ -58,11 +59,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a file of JSON lines; empty if there is no file."""
     values = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):  # half a line, or half a character at its end
                 values.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
     return values
 
 

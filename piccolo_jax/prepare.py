@@ -2,7 +2,7 @@
 
     python -m piccolo_jax.prepare --config=configs/NAME.py --workdir=DIR [--config.FIELD=VALUE ...]
 
-Needs no accelerator. Writes to config.data.prepared_dir (or WORKDIR/prepared) what is not there yet.
+Needs no accelerator. Writes what is not there yet to config.data.prepared_dir, or WORKDIR/prepared.
 """
 
 from pathlib import Path

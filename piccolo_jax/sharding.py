@@ -34,13 +34,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         if sizes[axis] != -1 and sizes[axis] < 1:
             raise UserError(f"config.mesh.{axis} = {sizes[axis]}: must be -1 or greater than 0")
     if len(unknown) > 1:
-        names = ", ".join(f"config.mesh.{axis}" for axis in unknown)
-        raise UserError(f"{names} = -1: at most one axis can be what remains")
+        fields = ", ".join(f"config.mesh.{axis} = -1" for axis in unknown)
+        raise UserError(f"{fields}: at most one axis can be what remains")
     known = math.prod(sizes[axis] for axis in AXES if axis not in unknown)
     if len(devices) % known or (not unknown and known != len(devices)):
-        field = ", ".join(f"config.mesh.{axis} = {sizes[axis]}" for axis in AXES)
+        fields = ", ".join(f"config.mesh.{axis} = {sizes[axis]}" for axis in AXES)
         raise UserError(
-            f"{field}: the sizes must multiply to the number of devices, {len(devices)}"
+            f"{fields}: the sizes must multiply to the number of devices, {len(devices)}"
             " (-1 on one axis: all that remain)"
         )
     for axis in unknown:

@@ -96,18 +96,37 @@ def _draw_classification(
     label, _ = draw_members(columns["labels"], rows, 1, rng)
     count = config.loss.classification.max_negatives
     others, keep = draw_members(columns["other_labels"], rows, count, rng)
-    inventory = np.unique(columns["labels"].values)
-    for row in np.flatnonzero(~keep.any(axis=1)):  # lists none: any other label of the dataset
-        own = columns["labels"].members(rows[row])
-        drawn = rng.permutation(np.setdiff1d(inventory, own))[:count]
-        others[row, : len(drawn)], keep[row, : len(drawn)] = drawn, True
-    # Two label texts can become the same tokens; a label is never its own negative.
+    keep &= others != label  # two label texts can become the same tokens
+    bare = np.flatnonzero(~keep.any(axis=1))  # rows without others: any label of the dataset
+    if len(bare):
+        others[bare], keep[bare] = _draw_not_own(columns["labels"], rows[bare], count, rng)
     return {
         "text": columns["text"][rows],
         "label": label[:, 0],
         "other_labels": others,
-        "other_labels_keep": keep & (others != label),
+        "other_labels_keep": keep,
     }
+
+
+def _draw_not_own(
+    labels: Ragged, rows: np.ndarray, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `count` of the dataset's labels that aren't a row's own, as draw_members() does.
+
+    Each row's are a stretch of one random order of all labels, from a random place on.
+    """
+    own, own_keep = draw_members(labels, rows, int(labels.sizes(rows).max()), rng)
+    order = rng.permutation(np.unique(labels.values))
+    begin = rng.integers(0, len(order), (len(rows), 1))
+    stretch = np.arange(min(count + own.shape[1], len(order)))
+    drawn = order[(begin + stretch) % len(order)]
+    usable = ~((drawn[:, :, None] == own[:, None]) & own_keep[:, None]).any(axis=2)
+    first = np.argsort(~usable, axis=1, kind="stable")[:, :count]
+    members = np.zeros((len(rows), count), np.int32)
+    keep = np.zeros((len(rows), count), bool)
+    members[:, : first.shape[1]] = np.take_along_axis(drawn, first, axis=1)
+    keep[:, : first.shape[1]] = np.take_along_axis(usable, first, axis=1)
+    return np.where(keep, members, 0), keep
 
 
 def _classification_loss(embeddings: Any, batch: Batch, config: LossConfig) -> losses.Loss:
@@ -162,7 +181,7 @@ def draw_members(
 
     Returns: members int32 [B, count], 0 where a list is shorter, and the mask of real ones.
     """
-    starts, sizes = column.offsets[rows], np.diff(column.offsets)[rows]
+    starts, sizes = column.offsets[rows], column.sizes(rows)
     owner = np.repeat(np.arange(len(rows)), sizes)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     order = np.lexsort((rng.random(len(owner)), owner))  # shuffles each row's members

@@ -21,13 +21,14 @@ from jax.experimental import multihost_utils
 
 from piccolo_jax import build, cli, export, metrics, optim, sharding
 from piccolo_jax import config as config_lib
+from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
 from piccolo_jax.checkpoint import Checkpoints
 from piccolo_jax.config import Config
 from piccolo_jax.data.loader import Batches, HostBatch
 from piccolo_jax.data.prepare import prepare_datasets
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder
-from piccolo_jax.evaluation.local import METRICS, EvalDataset
+from piccolo_jax.evaluation.local import METRICS, EvalDataset, open_datasets
 from piccolo_jax.metrics import say
 from piccolo_jax.tasks import TASKS
 from piccolo_jax.train_step import CompiledSteps
@@ -43,8 +44,8 @@ def main(argv: list[str]) -> int:
     # Model and mesh.
     parts = build.build(config)
     mesh = sharding.make_mesh(config.mesh)
-    evals = [EvalDataset(dataset) for dataset in config.eval.datasets]
-    _prepare_workdir(workdir, config)
+    evals = open_datasets(config.eval.datasets)
+    _check_workdir(workdir, config)
 
     # Data.
     prepared_dir = Path(config.data.prepared_dir or workdir / "prepared")
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         config, datasets, TASKS, parts.model.backbone.hidden_size,
         sharding.batch_shards_of(mesh), sharding.local_shards(mesh),
     )  # fmt: skip
-    fingerprints = [store.manifest["fingerprint"] for store in batches.stores]
+    fingerprints = [f"{s.name}-{s.manifest['fingerprint']}" for s in batches.stores]
     _say_datasets(batches, config)
 
     # State: new, or that of the last checkpoint.
@@ -61,27 +62,41 @@ def main(argv: list[str]) -> int:
     abstract_params = build.abstract_params(parts.model, shardings)
     optimizer = optim.make_optimizer(config, abstract_params)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    if checkpoints.latest is not None:
+        checkpoints.check(config, fingerprints)
+    _write_config(workdir, config)
     if checkpoints.latest is None:
         _say_model(parts, abstract_params, mesh)
         params = build.make_params(parts, config.seed, shardings)
         state = build.make_state(params, optimizer, mesh)
     else:
-        checkpoints.check(config, fingerprints)
         state = checkpoints.restore(build.abstract_state(abstract_params, optimizer, mesh))
         say(f"resuming after step {checkpoints.latest} of {checkpoints.directory}")
     first_step = int(state.step)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    # Evaluation, before the first step.
-    log = metrics.JsonLines(workdir / "metrics.jsonl", first_step)
-    eval_log = metrics.JsonLines(workdir / "eval.jsonl", first_step)
+    # Evaluation, before the first step; what the log has of that step is not done again.
+    logged = -1 if checkpoints.latest is None else first_step
+    log = metrics.JsonLines(workdir / "metrics.jsonl", logged)
+    eval_log = metrics.JsonLines(workdir / "eval.jsonl", logged)
     encoder = Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
+    dims = config.eval.dims or config.loss.dims
 
     def evaluate(step: int, params: Params) -> None:
-        _evaluate(evals, encoder, params, config.eval.dims or config.loss.dims, step, eval_log)
+        scored = {
+            row["dataset"]
+            for row in eval_log.kept
+            if row["step"] == step and {str(dim) for dim in dims} <= row.keys()
+        }
+        todo = [dataset for dataset in evals if dataset.name not in scored]
+        _evaluate(todo, encoder, params, dims, step, eval_log)
 
-    if first_step == 0:
-        evaluate(0, state.params)
+    def evaluation_due(step: int) -> bool:
+        regular = config.eval.every > 0 and step % config.eval.every == 0
+        return step in (0, config.total_steps) or regular
+
+    if evaluation_due(first_step):
+        evaluate(first_step, state.params)
 
     # Compile every planned shape.
     steps = CompiledSteps(parts.model, TASKS, config, optimizer, mesh, state_shardings)
@@ -109,11 +124,11 @@ def main(argv: list[str]) -> int:
         batch, values = in_flight.pop(0)
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         step = batch.step + 1
-        if not np.isfinite(values["loss"]):
+        if not np.isfinite([values["loss"], values["grad_norm"]]).all():
             raise UserError(
-                f"step {step}, dataset {batch.dataset}: the loss is {values['loss']}; the"
-                " checkpoints before it are kept. Lower optim.learning_rate, raise a temperature,"
-                " or use model.dtype=float32"
+                f"step {step}, dataset {batch.dataset}: the loss is {values['loss']} and the norm"
+                f" of its gradient {values['grad_norm']}; the checkpoints before it are kept. Lower"
+                " optim.learning_rate, raise a temperature, or use model.dtype=float32"
             )
         recent.add(config.batch_size, batch.num_tokens)
         bar.set_postfix_str(f"{batch.task} loss {values['loss']:.4f}", refresh=False)
@@ -131,7 +146,7 @@ def main(argv: list[str]) -> int:
                 }
             )
 
-    with _stop_signal() as stop_asked, contextlib.closing(bar):
+    with _stop_signal() as stop_asked, contextlib.closing(bar), checkpoints:
         for batch in batches.start(first_step, config.total_steps):
             arrays = sharding.global_batch(mesh, batch.sharded, batch.replicated)
             state, values = program(batch, arrays)(state, arrays)
@@ -142,8 +157,7 @@ def main(argv: list[str]) -> int:
             stopping = stop_asked(done)
             last = done == config.total_steps
             at_checkpoint = config.checkpoint.every and done % config.checkpoint.every == 0
-            at_eval = config.eval.every and done % config.eval.every == 0
-            if last or stopping or at_checkpoint or at_eval:
+            if last or stopping or at_checkpoint or evaluation_due(done):
                 while in_flight:
                     finish_oldest()
             if last or stopping or at_checkpoint:
@@ -152,9 +166,8 @@ def main(argv: list[str]) -> int:
                 checkpoints.wait()
                 say(f"stopped after step {done}; the same command goes on from there")
                 return 128 + stopping
-            if at_eval and not last:
+            if evaluation_due(done) and not last:
                 evaluate(done, state.params)
-    checkpoints.wait()
 
     # Results.
     if first_step < config.total_steps:
@@ -167,27 +180,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _prepare_workdir(workdir: Path, config: Config) -> None:
-    """Writes config.json, unless the folder belongs to a run that learns something else."""
+def _check_workdir(workdir: Path, config: Config) -> None:
+    """Raises UserError if the folder can't be used or holds what another config has learnt."""
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            changes = config_lib.diff(
-                config_lib.from_json(path.read_text(encoding="utf-8")), config
-            )
-            if changes:
-                raise UserError(
-                    f"{path} is of a run with another config:\n  "
-                    + "\n  ".join(changes)
-                    + "\nChange the config back to go on with that run, or give another --workdir"
-                )
-        if jax.process_index() == 0:
-            partial = path.with_name("config.json.partial")
-            partial.write_text(config_lib.to_json(config), encoding="utf-8")
-            os.replace(partial, path)
+        learnt = [*(workdir / CHECKPOINTS).glob("[0-9]*"), *workdir.glob("export")]
+        if not learnt or not path.exists():
+            return
+        before = config_lib.from_json(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise UserError(f"--workdir={workdir}: can't be used ({error.strerror})") from error
+    if changes := config_lib.diff(before, config):
+        raise UserError(config_lib.refusal(path, changes))
+
+
+def _write_config(workdir: Path, config: Config) -> None:
+    if jax.process_index() == 0:
+        partial = workdir / "config.json.partial"
+        partial.write_text(config_lib.to_json(config), encoding="utf-8")
+        os.replace(partial, workdir / "config.json")
 
 
 def _first_uses(batches: Batches, first_step: int, stop_step: int) -> list[int]:
@@ -332,14 +344,14 @@ def _say_results(workdir: Path, config: Config, checkpoints: Checkpoints, output
         [f"{name} {after[name]['metric']}"]
         + [f"{before[name][d]:.3f} -> {after[name][d]:.3f}" for d in dims]
         for name in after
-        if name in before
+        if name in before and set(dims) <= before[name].keys() & after[name].keys()
     ]
     if rows:
         say("\n" + metrics.table(["before -> after, by prefix", *dims], rows))
     say(
         f"\ncheckpoint: {checkpoints.directory / str(checkpoints.latest)}"
         f"\nexport:     {output}  (a sentence-transformers directory)"
-        f"\nnext:       python -m piccolo_jax.verify {output}"
+        f"\nnext:       python -m piccolo_jax.verify {output} --workdir={workdir}"
         f"\n            python -m piccolo_jax.embed --model={output} --input=FILE.jsonl"
         " --output=FILE.npy"
     )

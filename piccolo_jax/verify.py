@@ -1,19 +1,25 @@
 """Checks that an exported model gives the same vectors in sentence-transformers as in JAX.
 
-    python -m piccolo_jax.verify OUT [--dims=256,512]
+    python -m piccolo_jax.verify OUT [--workdir=DIR] [--dims=256,512]
 
-Prints, at every prefix, the largest 1 - cosine over fixed texts; exits with 1 if one is above 1e-4.
+JAX takes the model from OUT too, so this shows that both read it alike; with --workdir, from the
+checkpoint of the run, so this shows that OUT is what was trained. Prints, at every prefix, the
+largest 1 - cosine over fixed texts; exits with 1 if one is above 1e-4 or OUT is of another width.
 Needs sentence-transformers and torch (requirements-dev.txt).
 """
 
 import argparse
+import json
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from piccolo_jax import cli, metrics
+from piccolo_jax import cli, export, metrics
+from piccolo_jax.config import MeshConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import encoder
+from piccolo_jax.sharding import make_mesh
 
 TOLERANCE = 1e-4
 TEXTS = (
@@ -31,10 +37,16 @@ def main(argv: list[str]) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="piccolo_jax.verify", description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--dims", default="", help="prefixes, e.g. 256,512; default: eighths")
+    parser.add_argument("--workdir", type=Path, help="of the run that OUT was exported from")
+    parser.add_argument("--dims", default="", help="prefixes, e.g. 256,512; default: the trained")
     args = parser.parse_args(argv[1:])
-    model, params = encoder.load(args.model)
-    dims = _dims(args.dims, model.width)
+    if args.workdir:
+        _, config, parts, params = export.read_checkpoint(args.workdir)
+        mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
+        model = encoder.Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
+    else:
+        model, params = encoder.load(args.model)
+    dims = _dims(args.dims, model.width) or _trained_dims(args.model, model.width)
     ours = model.encode(params, TEXTS)
     theirs = encode_with_sentence_transformers(args.model)
     if theirs.shape != ours.shape:
@@ -53,13 +65,22 @@ def main(argv: list[str]) -> int:
 def encode_with_sentence_transformers(directory: Path) -> np.ndarray:
     """Embeddings of TEXTS, float32 [texts, D], as sentence-transformers computes them on CPU."""
     try:
+        import transformers
         from sentence_transformers import SentenceTransformer
+
+        transformers.logging.disable_progress_bar()
     except ImportError as error:
         raise UserError(
             f"verify needs sentence-transformers ({error}): pip install -r requirements-dev.txt"
         ) from error
     try:
-        model = SentenceTransformer(str(directory), device="cpu", trust_remote_code=False)
+        model = SentenceTransformer(
+            str(directory),
+            device="cpu",
+            trust_remote_code=False,
+            local_files_only=True,
+            model_kwargs={"add_pooling_layer": False},  # else it reports the pooler as missing
+        )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise UserError(f"{directory}: sentence-transformers can't load it ({error})") from error
     return model.encode(list(TEXTS), convert_to_numpy=True).astype(np.float32)
@@ -73,7 +94,7 @@ def largest_difference(x: np.ndarray, y: np.ndarray, dim: int) -> float:
 
 def _dims(text: str, width: int) -> list[int]:
     if not text:
-        return sorted({max(width * eighth // 8, 1) for eighth in range(1, 9)})
+        return []
     try:
         dims = [int(part) for part in text.split(",")]
     except ValueError:
@@ -81,6 +102,16 @@ def _dims(text: str, width: int) -> list[int]:
     if any(not 1 <= dim <= width for dim in dims):
         raise UserError(f"--dims={text}: each must be from 1 to {width}, the model's width")
     return dims
+
+
+def _trained_dims(directory: Path, width: int) -> list[int]:
+    """The prefixes that the export names, else eighths of the width."""
+    try:
+        path = directory / "config_sentence_transformers.json"
+        dims = json.loads(path.read_text(encoding="utf-8"))["matryoshka_dims"]
+        return [int(dim) for dim in dims if 1 <= int(dim) <= width]
+    except (OSError, ValueError, KeyError, TypeError):
+        return sorted({max(width * eighth // 8, 1) for eighth in range(1, 9)})
 
 
 if __name__ == "__main__":

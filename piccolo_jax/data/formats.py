@@ -13,7 +13,7 @@ import json
 import math
 import os.path  # its tests are False, not an error, where a path can't be looked up
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ _Row = dict[str, Any]
 _TYPES = {"retri_contrast": "retrieval", "cls_contrast": "classification", "cosent": "similarity"}
 _PEEKED_ROWS = 100  # the task is decided by the first of these whose columns fit a layout
 _ROWS_AT_ONCE = 1024  # of Arrow and Parquet, turned into Python objects
+_LARGEST_SCORE = 3.4e38  # scores are kept as 32-bit floats
 _SKIPPED_NAMES = re.compile(r"\..*|cache-.*\.arrow")  # hidden files; leftovers of datasets.map
 
 
@@ -177,6 +178,14 @@ def open_source(path: str, task: str = "") -> Source:
     place, row = peeked[0]
     formats = "; ".join(map(str, _LAYOUTS))
     raise UserError(f"{place}: columns {_describe(row)} fit no known format; rename to: {formats}")
+
+
+def count_rows(files: Iterable[Path]) -> int | None:
+    """Rows of data files, blank lines too: for progress bars. None where a file is damaged."""
+    try:
+        return sum(_COUNTERS[file.suffix.lower()](file) for file in files)
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def expand_meta_list(path: str) -> list[tuple[str, float]] | None:
@@ -292,6 +301,8 @@ def _score(row: _Row, field: str) -> float:
         score = math.inf
     if not math.isfinite(score):
         raise _UnusableRowError(f"{field} is {'NaN' if math.isnan(score) else 'infinite'}")
+    if abs(score) > _LARGEST_SCORE:
+        raise _UnusableRowError(f"{field} is larger than a 32-bit float can be")
     return score
 
 
@@ -354,21 +365,29 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, _Row]]:
             yield place, row
 
 
+def _count_lines(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
 def _parquet_rows(file: Path) -> Iterator[tuple[str, _Row]]:
     with pq.ParquetFile(file) as parquet:
         yield from _table_rows(file, parquet.iter_batches(batch_size=_ROWS_AT_ONCE))
 
 
 def _arrow_rows(file: Path) -> Iterator[tuple[str, _Row]]:
+    yield from _table_rows(file, _arrow_batches(file))
+
+
+def _arrow_batches(file: Path) -> Iterator[pa.RecordBatch]:
     """Of the stream format, which `datasets` writes, or the file format, which has a magic word."""
     with pa.memory_map(str(file)) as data:
         if data.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(data)
-            batches = map(reader.get_batch, range(reader.num_record_batches))
+            yield from map(reader.get_batch, range(reader.num_record_batches))
         else:
             data.seek(0)
-            batches = pa.ipc.open_stream(data)
-        yield from _table_rows(file, batches)
+            yield from pa.ipc.open_stream(data)
 
 
 def _table_rows(file: Path, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, _Row]]:
@@ -384,5 +403,11 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[str, _Row]]]] = {
     ".json": _jsonl_rows,
     ".parquet": _parquet_rows,
     ".arrow": _arrow_rows,
+}
+_COUNTERS: dict[str, Callable[[Path], int]] = {
+    ".jsonl": _count_lines,
+    ".json": _count_lines,
+    ".parquet": lambda file: pq.read_metadata(file).num_rows,
+    ".arrow": lambda file: sum(batch.num_rows for batch in _arrow_batches(file)),
 }
 _DIRECTORY_KINDS = (".jsonl", ".parquet", ".arrow")  # .json beside data is metadata

@@ -134,9 +134,7 @@ class Batches:
         texts = np.unique(everything)
         texts = texts[texts >= 0]
         # What is masked out points at text 0.
-        pointers = {
-            name: np.maximum(np.searchsorted(texts, ids), 0) for name, ids in masked.items()
-        }
+        pointers = {name: np.searchsorted(texts, ids) for name, ids in masked.items()}
         return texts, arrays | pointers
 
     def _plan(self, dataset: int, hidden_size: int) -> Plan:
@@ -161,7 +159,7 @@ class Batches:
 
 
 def _planned_batches(config: Config) -> int:
-    return max(4, min(32, 2**18 // config.batch_size))
+    return max(4, min(32, 2**16 // config.batch_size))
 
 
 def _round_up(n: int) -> int:
@@ -172,9 +170,8 @@ def _round_up(n: int) -> int:
 
 def _smallest_fitting(planned: packing.Shape, layout: packing.Layout) -> packing.Shape:
     """The planned shape, or the first of a geometric ladder above it that holds the layout."""
-    rows, texts = planned.rows, planned.texts
-    while rows < layout.rows_needed:
-        rows = _round_up(math.ceil(rows * _GROWTH))
-    while texts < layout.texts_needed:
-        texts = _round_up(math.ceil(texts * _GROWTH))
-    return dataclasses.replace(planned, rows=rows, texts=texts)
+    shape = planned
+    while shape.rows < layout.rows_needed or shape.texts < layout.texts_needed:
+        rows, texts = (_round_up(math.ceil(n * _GROWTH)) for n in (shape.rows, shape.texts))
+        shape = dataclasses.replace(shape, rows=rows, texts=texts)
+    return shape

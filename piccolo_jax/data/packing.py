@@ -114,23 +114,22 @@ def fill(
 
     Returns: `tokens`, `segments`, `positions`, int32 [R, L].
     """
+    of_shard = [np.flatnonzero(layout.shard == shard) for shard in shards]
+    members = np.concatenate(of_shard)
+    block = np.repeat(np.arange(len(shards)), [len(texts) for texts in of_shard])
+    begin = (block * shape.rows + layout.row[members]) * shape.length + layout.start[members]
+    sizes = lengths[members]
+    position = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    place = np.repeat(begin, sizes) + position  # in the flat grid, of each token
+
     tokens, segments, positions = (
-        np.zeros((len(shards), shape.rows, shape.length), np.int32) for _ in range(3)
+        np.zeros(len(shards) * shape.rows * shape.length, np.int32) for _ in range(3)
     )
-    for i, shard in enumerate(shards):
-        members = np.flatnonzero(layout.shard == shard)
-        for text, ids in zip(members, read_tokens(members), strict=True):
-            row, start, length = layout.row[text], layout.start[text], lengths[text]
-            span = slice(start, start + length)
-            tokens[i, row, span] = ids
-            segments[i, row, span] = layout.segment[text]
-            positions[i, row, span] = np.arange(length)
-    flat = (len(shards) * shape.rows, shape.length)
-    return {
-        "tokens": tokens.reshape(flat),
-        "segments": segments.reshape(flat),
-        "positions": positions.reshape(flat),
-    }
+    tokens[place] = np.concatenate([np.zeros(0, np.int32), *read_tokens(members)])
+    segments[place] = np.repeat(layout.segment[members], sizes)
+    positions[place] = position
+    arrays = {"tokens": tokens, "segments": segments, "positions": positions}
+    return {name: array.reshape(-1, shape.length) for name, array in arrays.items()}
 
 
 def text_slots(layout: Layout, shape: Shape, shards: int) -> np.ndarray:

@@ -39,9 +39,9 @@ class Ragged:
     values: np.ndarray
     offsets: np.ndarray
 
-    def members(self, row: int) -> np.ndarray:
-        """The members of one row's list."""
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of members, int64 [len(rows)]."""
+        return self.offsets[rows + 1] - self.offsets[rows]
 
 
 Columns = dict[str, Any]  # column name -> int32 [rows], float32 [rows] (scores) or Ragged
@@ -54,6 +54,7 @@ class Store:
     """
 
     def __init__(self, directory: Path):
+        self._directory = directory
         try:
             self.manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
             self.lengths = np.load(directory / "lengths.npy", mmap_mode="r")
@@ -64,22 +65,36 @@ class Store:
                     if ragged
                     else _load(directory, name)
                 )
+            self.name: str = self.manifest["name"]
+            self.task: str = self.manifest["task"]
+            self.num_rows: int = self.manifest["rows"]
+            for name, column in self.columns.items():
+                rows = len(column.offsets) - 1 if isinstance(column, Ragged) else len(column)
+                if rows != self.num_rows:
+                    raise ValueError(f"{rows} rows in {name}, {self.num_rows} in {MANIFEST}")
             self._texts = grain.sources.ArrayRecordDataSource(str(directory / "texts.array_record"))
             if len(self._texts) != len(self.lengths):
                 raise ValueError(f"{len(self._texts)} texts, {len(self.lengths)} lengths")
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"{directory}: not a complete prepared dataset ({error}); delete it, and it is"
-                " made again"
-            ) from None
-        self.name: str = self.manifest["name"]
-        self.task: str = self.manifest["task"]
-        self.num_rows: int = self.manifest["rows"]
+        except (
+            OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, RuntimeError
+        ) as error:  # fmt: skip
+            raise self._broken(error) from None
 
     def tokens(self, texts: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """Token ids, int32 [length], of each text id."""
-        records = self._texts.__getitems__([int(i) for i in texts]) if len(texts) else []
+        """Token ids, int32 [length], of each text id. Raises UserError if the file is damaged."""
+        if not len(texts):
+            return []
+        try:
+            records = self._texts.__getitems__([int(i) for i in texts])
+        except RuntimeError as error:
+            raise self._broken(error) from None
         return [np.frombuffer(record, np.int32) for record in records]
+
+    def _broken(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self._directory}: not a complete prepared dataset ({error}); delete it, and it is"
+            " made again"
+        )
 
 
 def _load(directory: Path, name: str) -> np.ndarray:

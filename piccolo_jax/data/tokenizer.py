@@ -19,8 +19,8 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         try:
             self.hf = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # tokenizers raises bare ones
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{path}: no tokenizer can be loaded from here ({reason})") from None
         if not self.hf.is_fast:
             raise UserError(f"{path}: the tokenizer has no tokenizer.json (a fast tokenizer)")
@@ -38,5 +38,6 @@ class Tokenizer:
         """Token ids, int32 [length <= max_length], and whether each text was cut."""
         self._backend.enable_truncation(max_length)
         encodings = self._backend.encode_batch_fast(list(texts))
+        self._backend.no_truncation()  # nor in what is exported
         ids = [np.asarray(e.ids, np.int32) for e in encodings]
         return ids, [bool(e.overflowing) for e in encodings]

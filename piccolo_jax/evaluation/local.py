@@ -3,6 +3,7 @@
 Each text is encoded once at full width; prefixes are cut from that and normalised.
 """
 
+import collections
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,16 @@ METRICS = {
 }
 
 
+def open_datasets(configs: Sequence[EvalDatasetConfig]) -> list["EvalDataset"]:
+    """The evaluation sets of a config. Those of equal names get their place in it as a suffix."""
+    datasets = [EvalDataset(config) for config in configs]
+    names = collections.Counter(dataset.name for dataset in datasets)
+    for i, dataset in enumerate(datasets):
+        if names[dataset.name] > 1:
+            dataset.name += f"[{i}]"
+    return datasets
+
+
 class EvalDataset:
     """One evaluation set in memory: `name`, `task`, and `evaluate`.
 
@@ -43,22 +54,40 @@ class EvalDataset:
             source = formats.open_source(config.path, config.task)
             self.task = source.task
             self._texts, self._answer = _READERS[self.task](_examples(source, config.max_rows))
+            different = set(self._answer) if self.task == "similarity" else self._texts[1]
+            if self.task != "retrieval" and len(different) < 2:
+                what = "score" if self.task == "similarity" else "label and list no other"
+                raise UserError(
+                    f"{path}: all {len(self._answer)} rows used have the same {what}; there is"
+                    " nothing to measure"
+                )
         self.name = path.name.removesuffix(".jsonl")
 
     def evaluate(self, encode: Encode, dims: Sequence[int]) -> dict[int, float]:
-        """The task's metric (METRICS) at each prefix."""
+        """The task's metric (METRICS) at each prefix.
+
+        Raises UserError if the embeddings aren't finite.
+        """
         first, second = self._texts
         # Both texts of a pair are of one kind.
         prompt = self._config.passage_prompt
         prompt = self._config.query_prompt if self.task == "similarity" else prompt
         x, y = encode(first, self._config.query_prompt), encode(second, prompt)
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise UserError(
+                f"{self._config.path}: the model's embeddings are not finite; its weights are"
+                " damaged, or too large for model.dtype"
+            )
         score = _SCORERS[self.task]
         return {dim: score(cut(x, dim), cut(y, dim), self._answer) for dim in dims}
 
 
 def spearman(first: np.ndarray, second: np.ndarray, scores: np.ndarray) -> float:
-    """Rank correlation of the cosines of pairs with their scores."""
-    return float(scipy.stats.spearmanr((first * second).sum(axis=1), scores).statistic)
+    """Rank correlation of the cosines of pairs with their scores; 0 if all cosines are the same."""
+    cosines = (first * second).sum(axis=1)
+    if np.ptp(cosines) == 0:
+        return 0.0
+    return float(scipy.stats.spearmanr(cosines, scores).statistic)
 
 
 def ndcg_at_10(

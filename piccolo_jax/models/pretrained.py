@@ -234,7 +234,10 @@ def _modules(directory: Path) -> dict[str, Path]:
         return {kind: folder for kind, folder in folders.items() if folder.is_dir()}
     modules: dict[str, Path] = {}
     try:
-        for module in json.loads(path.read_text("utf-8")):
+        listed = json.loads(path.read_text("utf-8"))
+        if not isinstance(listed, list):
+            raise TypeError(f"a {type(listed).__name__}")
+        for module in listed:
             kind = module["type"].rsplit(".", 1)[-1]
             if kind in modules:
                 raise UserError(f"{path}: two modules of type {kind}: not supported")

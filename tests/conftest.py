@@ -1,0 +1,43 @@
+"""Settings and fixtures of all tests: on CPU, without a network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder `shared` beside the repository: reference figures, models and data."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"there is no folder {folder.name!r} beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """run_python(*arguments, devices=1, check=True): Python in a process of its own."""
+
+    def run(*arguments, devices=1, check=True):
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, done.stderr[-5000:]
+        return done
+
+    return run

@@ -1,0 +1,114 @@
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from piccolo_jax.data.schedule import Schedule
+
+
+def make(weights, seed=0, batch_size=4, sizes=None):
+    return Schedule(seed, batch_size, tuple(sizes or [10] * len(weights)), tuple(weights))
+
+
+def in_order(schedule, steps):
+    """(dataset, k) of the first steps, by sorting every dataset's virtual times."""
+    shares = np.asarray(schedule.weights) / sum(schedule.weights)
+    turns = []
+    for d, (share, phase) in enumerate(zip(shares, schedule._phases, strict=True)):
+        k = np.arange(int(steps * share) + 2 * len(shares) + 2)
+        turns.append(np.stack([(k + phase) / share, np.full(len(k), d), k]))
+    time_, dataset, k = np.concatenate(turns, axis=1)
+    order = np.lexsort((dataset, time_))[:steps]
+    return np.stack([dataset, k], axis=1)[order].astype(int)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_step_can_be_asked_for_directly(seed):
+    rng = np.random.default_rng(seed)
+    weights = rng.lognormal(0, 2, rng.integers(1, 40))
+    schedule = make(weights, seed)
+    steps = 100_000
+    expected = in_order(schedule, steps)
+    for step in [*range(100), *rng.integers(0, steps, 300).tolist(), steps - 1]:
+        assert schedule.at(step) == tuple(expected[step])
+        assert make(weights, seed).at(step) == schedule.at(step)
+    for step in (0, 1, 17, steps):
+        counted = np.bincount(expected[:step, 0], minlength=len(weights))
+        assert schedule.uses(step) == counted.tolist()
+
+
+@pytest.mark.parametrize("datasets", [1, 2, 3, 7, 40])
+def test_equal_weights_are_a_round_robin(datasets):
+    schedule = make([0.3] * datasets)
+    turns = [schedule.at(step) for step in range(5 * datasets)]
+    order = [d for d, _ in turns[:datasets]]
+    assert sorted(order) == list(range(datasets))
+    assert turns == [(d, k) for k in range(5) for d in order]
+
+
+def test_datasets_get_their_shares_at_every_moment():
+    weights = np.asarray([1.0, 2.0, 0.01, 7.0, 1.0])
+    schedule, shares = make(weights), weights / weights.sum()
+    for step in (1, 10, 101, 1234, 10**5, 10**9):
+        assert sum(schedule.uses(step)) == step
+        assert (np.abs(schedule.uses(step) - step * shares) < 1 + 5 * shares).all()
+
+
+def test_weights_are_relative():
+    a, b = make([1, 3, 2]), make([10, 30, 20])
+    assert [a.at(step) for step in range(60)] == [b.at(step) for step in range(60)]
+
+
+@pytest.mark.parametrize("step", [10**6, 10**9, 10**11])
+def test_far_steps_are_as_quick_as_near_ones(step):
+    schedule = make(np.linspace(0.1, 3, 30))
+    begin = time.perf_counter()
+    before, (dataset, use), after = (
+        schedule.uses(step),
+        schedule.at(step),
+        schedule.uses(step + 1),
+    )
+    assert time.perf_counter() - begin < 1
+    assert before[dataset] == use
+    assert [n - m for n, m in zip(after, before, strict=True)] == [
+        int(d == dataset) for d in range(30)
+    ]
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(10, 4), (7, 7), (23, 5), (5, 4)])
+def test_each_epoch_has_every_row_once_and_the_rest_begins_the_next_batch(size, batch_size):
+    schedule = make([1.0], batch_size=batch_size, sizes=[size])
+    rows = np.concatenate([schedule.rows(0, use) for use in range(3 * size)])
+    epochs = rows.reshape(-1, size)
+    assert len(epochs) == 3 * batch_size
+    assert (np.sort(epochs, axis=1) == np.arange(size)).all()
+    assert len(set(map(tuple, epochs[:3]))) == 3  # shuffled anew
+
+
+def test_rows_of_a_far_batch_need_no_earlier_one():
+    schedule = make([1.0], batch_size=8, sizes=[1000])
+    rows = [make([1.0], batch_size=8, sizes=[1000]).rows(0, 10**9), schedule.rows(0, 10**9)]
+    schedule.rows(0, 3)
+    rows.append(schedule.rows(0, 10**9))
+    assert all((r == rows[0]).all() for r in rows)
+    assert not (schedule.rows(0, 3) == rows[0]).all()
+
+
+def test_seeds_datasets_and_uses_have_random_numbers_of_their_own():
+    def numbers(seed, dataset, use):
+        return tuple(make([1, 1], seed).rng(dataset, use).integers(0, 2**32, 4))
+
+    def rows(seed, dataset):
+        return tuple(make([1, 1], seed, sizes=[100, 100], batch_size=100).rows(dataset, 0))
+
+    keys = list(itertools.product(range(3), range(2), range(3)))
+    assert len({numbers(*key) for key in keys}) == len(keys)
+    assert numbers(1, 1, 2) == numbers(1, 1, 2)
+    assert len({rows(seed, dataset) for seed, dataset, _ in keys}) == 6
+
+
+def test_epochs_are_passes_over_each_dataset():
+    schedule = make([1, 3], batch_size=5, sizes=[10, 100])
+    assert schedule.uses(80) == [20, 60]
+    assert schedule.epochs(80) == [10.0, 3.0]

@@ -1,0 +1,226 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from piccolo_jax.errors import UserError
+from piccolo_jax.models.bert import BertConfig, BertEncoder
+from piccolo_jax.models.pretrained import load_params, read_spec
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+TINY = BertConfig(
+    vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=40
+)
+
+
+def packed(texts, length, rows):
+    """Texts as arrays [rows, length]; `rows` lists which texts are in each row, in order."""
+    arrays = np.zeros((3, len(rows), length), np.int32)
+    places = {}
+    for r, row in enumerate(rows):
+        start = 0
+        for s, t in enumerate(row, 1):
+            end = start + len(texts[t])
+            for array, values in zip(arrays, (texts[t], s, range(len(texts[t]))), strict=True):
+                array[r, start:end] = values
+            places[t] = r, slice(start, end)
+            start = end
+    return arrays, places
+
+
+def random_model(kind, tmp_path, **changes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    for parameter in model.parameters():  # far from the start, where biases are 0
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    return model
+
+
+def torch_hidden(model, texts, length):
+    """Hidden states of each text alone, padded to `length` with a word that is not the pad."""
+    hidden = []
+    for text in texts:
+        ids = torch.full((1, length), model.config.pad_token_id)
+        ids[0, : len(text)] = torch.tensor(text)
+        mask = (torch.arange(length) < len(text)).long()[None]
+        with torch.no_grad():
+            hidden.append(model(ids, attention_mask=mask).last_hidden_state[0, : len(text)].numpy())
+    return hidden
+
+
+def assert_equals_torch(model, directory, texts, length, rows):
+    spec = read_spec(directory)
+    params = load_params(directory, spec.backbone)["backbone"]
+    expected = torch_hidden(model, texts, length)
+    for layout in ([[t] for t in range(len(texts))], rows):
+        arrays, places = packed(texts, length, layout)
+        hidden = jax.jit(BertEncoder(spec.backbone).apply)({"params": params}, *arrays)
+        for t, (row, span) in places.items():
+            np.testing.assert_allclose(hidden[row, span], expected[t], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Bert", {}),
+        ("Bert", {"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}),
+        ("Bert", {"hidden_act": "relu", "type_vocab_size": 1}),
+        ("Roberta", {"pad_token_id": 1, "type_vocab_size": 1}),
+        ("XLMRoberta", {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
+    ],
+)
+def test_hidden_states_equal_those_of_transformers_packed_and_unpacked(kind, changes, tmp_path):
+    model = random_model(kind, tmp_path, **changes)
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(3, 60, n).tolist() for n in (9, 1, 20, 5, 30)]
+    assert_equals_torch(model, tmp_path, texts, 32, [[2, 0, 1], [4], [3]])
+
+
+def test_hidden_states_of_a_real_model_equal_those_of_transformers(shared):
+    directory = shared / "models" / "e5-small-zh"
+    model = transformers.BertModel.from_pretrained(directory, dtype=torch.float32).eval()
+    rng = np.random.default_rng(1)
+    texts = [[0, *rng.integers(4, 43238, n).tolist(), 2] for n in (30, 3, 14)]
+    assert_equals_torch(model, directory, texts, 64, [[0, 1, 2]])
+
+
+@pytest.fixture(scope="module")
+def params():
+    tokens = jnp.zeros((1, 16), jnp.int32)
+    return jax.jit(BertEncoder(TINY).init)(jax.random.key(0), tokens, tokens, tokens)
+
+
+def test_a_text_may_contain_the_pad_token(params):
+    encode = jax.jit(BertEncoder(TINY).apply)
+    texts = [[5, 0, 6, 0], [5, 0, 9, 0], [7, 8]]
+    together, places = packed(texts, 10, [[0, 2], [1]])
+    hidden = encode(params, *together)
+    alone, _ = packed(texts[:1], 4, [[0]])
+    expected = encode(params, *alone)[0]
+    np.testing.assert_allclose(hidden[places[0]], expected, atol=1e-5, rtol=0)
+    # The last token, a pad, sees and is seen.
+    assert np.abs(hidden[places[1]][3] - expected[3]).max() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def loss():
+    """Loss on the hidden states of texts, two rows being empty: params, **options -> scalar."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 60, n).tolist() for n in (5, 7, 3, 12)]
+    arrays, _ = packed(texts, 16, [[0, 1], [2], [], [3], []])
+    target = jnp.asarray(rng.normal(size=(5, 16, 32)), jnp.float32)
+
+    def loss(params, deterministic=True, config=TINY, **options):
+        hidden = BertEncoder(config, **options).apply(
+            params, *arrays, deterministic=deterministic, rngs={"dropout": jax.random.key(1)}
+        )
+        return jnp.where(arrays[1][..., None] > 0, hidden * target, 0).sum()
+
+    return loss
+
+
+@pytest.fixture(scope="module")
+def plain(loss, params):
+    return value_and_grad(loss, params)
+
+
+def value_and_grad(loss, params, **options):
+    """With dropout, whose numbers must not depend on the options either."""
+    function = functools.partial(loss, deterministic=False, **options)
+    return jax.jit(jax.value_and_grad(function))(params)
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=tolerance * largest, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"remat": "dots"},
+        {"remat": "full"},
+        {"row_chunk": 1},
+        {"row_chunk": 2, "remat": "dots"},  # 2 doesn't divide the 5 rows
+    ],
+)
+def test_rematerialisation_and_row_chunks_change_no_value_and_no_gradient(
+    loss, params, plain, options
+):
+    assert_same(value_and_grad(loss, params, **options), plain)
+
+
+def test_gradients_are_finite_and_reach_every_parameter_that_is_used(plain):
+    grads = plain[1]["params"]
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+    for path, grad in jax.tree.leaves_with_path(grads):
+        if "'key'" not in str(path):  # softmax doesn't see the bias of the keys
+            assert float(jnp.abs(grad).max()) > 1e-3, path
+
+
+def test_dropout_of_each_kind_acts_in_training_only(loss, params):
+    loss = jax.jit(loss, static_argnames=("deterministic", "config"))
+    still = loss(params, config=TINY)
+    none = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    config = dataclasses.replace(TINY, **none)
+    assert loss(params, deterministic=False, config=config) == still
+    for field in none:
+        config = dataclasses.replace(TINY, **{**none, field: 0.5})
+        assert loss(params, deterministic=True, config=config) == still
+        assert abs(loss(params, deterministic=False, config=config) - still) > 1e-3
+
+
+def test_bfloat16_products_stay_near_float32_and_gradients_are_float32(loss, params, plain):
+    _, grads = value_and_grad(loss, params, dtype=jnp.bfloat16)
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+    assert_same(grads, plain[1], tolerance=0.05)
+    with pytest.raises(AssertionError):
+        assert_same(grads, plain[1], tolerance=1e-4)
+
+
+def hf_config(**changes):
+    return {"model_type": "bert", "type_vocab_size": 2, **SIZES, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type = 'gpt2': must be one of 'bert', 'roberta', 'xlm-rob"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
+        ({"is_decoder": True}, "is_decoder = True"),
+        ({"hidden_act": "silu"}, "hidden_act = 'silu': must be one of 'gelu'"),
+        ({"vocab_size": None}, "vocab_size = None: must be an integer"),
+        ({"num_attention_heads": 5}, "num_attention_heads = 5: must be a divisor"),
+        ({"model_type": "roberta", "pad_token_id": 39}, "max_position_embeddings = 40: must be"),
+    ],
+)
+def test_a_config_that_is_not_supported_is_refused_by_name(changes, message):
+    with pytest.raises(UserError, match=r"^a/config\.json: ") as error:
+        BertConfig.from_hf(hf_config(**changes), source="a/config.json")
+    assert message in str(error.value)
+
+
+def test_config_survives_the_way_to_hugging_face_and_back():
+    values = hf_config(model_type="xlm-roberta", pad_token_id=1, hidden_dropout_prob=0.25)
+    config = BertConfig.from_hf(values)
+    assert (config.position_offset, config.max_positions) == (2, 38)
+    assert BertConfig.from_hf(config.to_hf()) == config
+    theirs = transformers.AutoConfig.for_model(**config.to_hf())
+    assert theirs.max_position_embeddings == 40
+    assert theirs.architectures == ["XLMRobertaModel"]
+    assert theirs.hidden_dropout_prob == 0.25

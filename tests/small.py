@@ -1,0 +1,71 @@
+"""Small models on disk, and commands run within the test's process."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from piccolo_jax import build, cli, sharding
+from piccolo_jax.checkpoint import Checkpoints
+from piccolo_jax.config import Config, DatasetConfig, MeshConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "configs" / "quickstart_data" / "tokenizer"
+DIMS = (8, 20, 24)
+
+
+def config(pooling="mean", embed_dim=24, tokenizer=TOKENIZER, vocab_size=2600):
+    c = Config(total_steps=5, batch_size=2)
+    c.model.tokenizer, c.model.pooling, c.model.embed_dim = str(tokenizer), pooling, embed_dim
+    c.model.vocab_size, c.model.hidden_size, c.model.num_layers = vocab_size, 24, 2
+    c.model.num_heads, c.model.intermediate_size, c.model.max_positions = 2, 48, 64
+    c.loss.dims = DIMS
+    c.data.datasets = (DatasetConfig(path="data/a.jsonl", query_prompt="查询："),)
+    c.data.max_length = 32
+    return c
+
+
+def one_device():
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def params(parts):
+    """Random parameters, large enough for texts to be far from each other."""
+    shardings = build.param_shardings(parts.model, one_device())
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: np.asarray(x) + rng.normal(size=x.shape, scale=0.3).astype(np.float32),
+        build.make_params(parts, 0, shardings),
+    )
+
+
+def save_run(workdir, config, parts, params, step=2):
+    """A run whose latest checkpoint, at `step`, holds `params`, and an older one zeros."""
+    shardings = build.param_shardings(parts.model, one_device())
+    optimizer = optax.sgd(1.0)
+    with Checkpoints(workdir, keep=2) as checkpoints:
+        for at in (step - 1, step):
+            values = jax.tree.map(lambda x, at=at: x * (at == step), params)
+            state = build.make_state(jax.device_put(values, shardings), optimizer, one_device())
+            checkpoints.save(at, state, config, [])
+
+
+def snapshot(directory):
+    """The content of every file."""
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
+
+
+def run_command(main, *arguments):
+    """The exit code of a command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        try:
+            cli.run(main)
+        except SystemExit as stop:
+            return stop.code or 0
+    raise AssertionError("cli.run returned")

@@ -1,0 +1,150 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from piccolo_jax.config import MeshConfig
+from piccolo_jax.errors import UserError
+from piccolo_jax.sharding import (
+    BATCH_AXES,
+    batch_shards,
+    constrain,
+    make_mesh,
+)
+
+
+def test_without_a_mesh_nothing_is_pinned_and_there_is_one_shard():
+    x = jnp.ones((3, 4))
+    assert constrain(x, BATCH_AXES, "tensor") is x
+    assert batch_shards() == 1
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 3}, {"data": -1, "tensor": 0}, {"data": -1, "fsdp": -1}, {"tensor": 2}],
+)
+def test_a_mesh_that_does_not_fit_the_devices_names_the_fields(sizes):
+    with pytest.raises(UserError, match=r"config\.mesh\.(data|tensor) = "):
+        make_mesh(MeshConfig(**sizes), jax.devices()[:1])
+
+
+# Little is computed: unoptimised machine code compiles in a third of the time.
+QUICK = """
+import os
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+"""
+
+MESHES = """
+import jax, jax.numpy as jnp, pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from piccolo_jax.config import MeshConfig
+from piccolo_jax.errors import UserError
+from piccolo_jax.sharding import *
+from piccolo_jax.sharding import BATCH_AXES
+
+assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+assert make_mesh(MeshConfig(-1, 3, 1), jax.devices()[:6]).devices.shape == (2, 3, 1)
+assert set(make_mesh(MeshConfig()).axis_types) == {AxisType.Auto}
+for sizes in ((3, -1, 1), (2, 2, 1), (4, 4, 1)):
+    with pytest.raises(UserError, match="must multiply to the number of devices, 8"):
+        make_mesh(MeshConfig(*sizes))
+
+mesh = make_mesh(MeshConfig(2, 2, 2))
+assert batch_shards_of(mesh) == 4
+with jax.set_mesh(mesh):
+    assert batch_shards() == 4
+    pin = jax.jit(lambda x: constrain(x, BATCH_AXES, "tensor"))
+    for shape, spec in (
+        ((8, 6), P(("data", "fsdp"), "tensor")),
+        ((6, 6), P(None, "tensor")),  # 4 doesn't divide 6
+        ((8, 3), P(("data", "fsdp"))),
+    ):
+        assert pin(jnp.ones(shape)).sharding.is_equivalent_to(NamedSharding(mesh, spec), 2), shape
+
+rules = ((r"a/kernel", P("fsdp", "tensor")), (r"kernel", P("tensor", "fsdp")))
+shapes = {"a": {"kernel": (4, 6), "bias": (6,)}, "b": {"kernel": (4, 6)}, "c": {"kernel": (3, 6)}}
+abstract = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s, jnp.float32), shapes, is_leaf=lambda s: isinstance(s, tuple)
+)
+chosen = jax.tree.map(lambda s: s.spec, param_shardings(mesh, abstract, rules))
+assert chosen == {
+    "a": {"kernel": P("fsdp", "tensor"), "bias": P()},
+    "b": {"kernel": P("tensor", "fsdp")},
+    "c": {"kernel": P(None, "fsdp")},
+}
+"""
+
+
+def test_meshes_pins_and_rules_on_eight_devices(run_python):
+    run_python("-c", MESHES, devices=8)
+
+
+EMBEDDER = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from piccolo_jax.config import MeshConfig
+from piccolo_jax.models.bert import BertConfig
+from piccolo_jax.models.embedder import Embedder, embedder_rules
+from piccolo_jax.sharding import BATCH_AXES, make_mesh, param_shardings
+
+config = BertConfig(vocab_size=31, hidden_size=32, num_layers=2, num_heads=4,
+                    intermediate_size=64, max_positions=32)
+model = Embedder(config, embed_dim=20)
+rng = np.random.default_rng(0)
+R, L, S, N = 16, 12, 3, 40
+tokens = rng.integers(0, 31, (R, L)).astype(np.int32)
+segments = np.repeat([1, 2, 3, 0], 3)[None].repeat(R, 0).astype(np.int32)
+positions = (np.arange(L) % 3)[None].repeat(R, 0).astype(np.int32)
+# 5 of the 6 texts of each eighth of the rows, in any order
+slots = np.stack([rng.permutation(6)[:5] + 6 * i for i in range(8)]).reshape(-1).astype(np.int32)
+arrays = (tokens, segments, positions, slots)
+target = rng.normal(size=(N, 20)).astype(np.float32)
+init = lambda: model.init(jax.random.key(0), *arrays, num_segments=S)["params"]
+abstract = jax.eval_shape(init)
+
+def embed(params, arrays, deterministic=True):
+    return model.apply({"params": params}, *arrays, num_segments=S, deterministic=deterministic,
+                       rngs={"dropout": jax.random.key(1)})
+
+def loss(params, arrays):
+    embeddings = embed(params, arrays, deterministic=False)
+    return (embeddings[: len(target)] * target).sum() / N, embeddings
+
+step = jax.value_and_grad(loss, has_aux=True)
+params = jax.jit(init)()
+expected = jax.jit(step)(params, arrays)
+largest = max(np.abs(g).max() for g in jax.tree.leaves(expected[1]))
+
+def check(mesh, arrays, split, expected):
+    shardings = param_shardings(mesh, abstract, embedder_rules("bert"))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings)
+        arrays = jax.device_put(arrays, NamedSharding(mesh, split))
+        (_, embeddings), grads = jax.jit(step)(placed, arrays)
+    np.testing.assert_allclose(embeddings, expected[0][1], atol=1e-5, rtol=0)
+    for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(g, e, atol=1e-5 * largest, rtol=0)
+
+for sizes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
+    check(make_mesh(MeshConfig(*sizes)), arrays, P(BATCH_AXES), expected)
+
+# Sizes that 4 shards don't divide: 14 rows, 37 texts.
+few = (tokens[:14], segments[:14], positions[:14], slots[slots < 42])
+target = target[: few[3].size]
+check(make_mesh(MeshConfig(2, 2, 2)), few, P(), jax.jit(step)(params, few))
+
+mesh = make_mesh(MeshConfig(8, 1, 1))
+rows = NamedSharding(mesh, P(BATCH_AXES))
+with jax.set_mesh(mesh):
+    embed = jax.jit(embed, in_shardings=(NamedSharding(mesh, P()), rows), out_shardings=rows)
+    text = embed.lower(params, arrays).compile().as_text()
+assert "f32[5,20]" in text, "the texts are not split over the devices"
+moves = re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", text)
+assert not moves, moves
+"""
+
+
+def test_embeddings_and_gradients_are_those_of_one_device_and_pooling_moves_nothing(run_python):
+    errors = run_python("-c", QUICK + EMBEDDER, devices=8).stderr
+    assert "Involuntary full rematerialization" not in errors
