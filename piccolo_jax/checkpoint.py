@@ -1,12 +1,15 @@
 """Checkpoints: parameters, optimizer state, step and config. The only file that knows orbax."""
 
+import contextlib
 import itertools
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
 
@@ -26,6 +29,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int | None = None):
+        absl.logging.set_verbosity(absl.logging.FATAL)  # of orbax, which raises what it logs too
         self.directory = workdir.absolute() / DIRECTORY
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         if keep is not None and jax.process_index() == 0:
@@ -42,16 +46,16 @@ class Checkpoints:
         if step == self.latest:
             return
         about = {"config": json.loads(config_lib.to_json(config)), "data": data}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
-            ),
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
         )
+        with self._readable_errors("written", "Make room there; the ones before it are kept"):
+            self._manager.save(step, args=arguments)
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        with self._readable_errors("written", "Make room there; the ones before it are kept"):
+            self._manager.wait_until_finished()
 
     def __enter__(self) -> Self:
         return self
@@ -97,16 +101,24 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise UserError(f"{self.directory}: holds no complete checkpoint")
-        # Reads that go on after one has failed would each end with a traceback on standard error.
+        remedy = "If it is damaged, delete it: the run then goes on from the one before"
+        with self._readable_errors("read", remedy, step):
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+    @contextlib.contextmanager
+    def _readable_errors(self, done: str, remedy: str, step: int | None = None) -> Iterator[None]:
+        """What orbax and tensorstore raise for broken files and full disks, in one line."""
+        # What they still do after one part has failed would end with tracebacks of its own.
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
-            values = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except Exception as error:  # orbax and tensorstore raise many kinds for a broken file
+            yield
+        except Exception as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
-            reason = re.split(r" \[tensorstore_spec|\. See full TensorStore", reason)[0][:300]
+            reason = re.split(r" \[tensorstore_spec|\. See full TensorStore", reason)[0]
+            if len(reason) > 300:
+                reason = f"{reason[:120]} ... {reason[-160:]}"
+            place = self.directory / str(step) if step is not None else self.directory
             raise UserError(
-                f"{self.directory / str(step)}: this checkpoint can't be read ({reason}). If it is"
-                " damaged, delete it: the run then goes on from the one before"
+                f"{place}: this checkpoint can't be {done} ({reason}). {remedy}"
             ) from error
         sys.unraisablehook = hook
-        return values

@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompt", default="", help="put before every text")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     args = parser.parse_args(argv[1:])
+    if args.output.is_dir():
+        raise UserError(f"--output={args.output}: is a folder; name a file to write")
     if args.output.exists() and not args.overwrite:
         raise UserError(f"{args.output} exists; --overwrite replaces it")
     if not args.output.absolute().parent.is_dir():

@@ -125,7 +125,7 @@ def test_places_that_cannot_be_used_are_named(model, files, tmp_path, capsys):
         ((model, (tmp_path / "latin.jsonl", files[1])), "latin.jsonl: can't be read"),
         ((model, (files[0], tmp_path / "no" / "out.npy")), "the folder does not exist"),
         ((model, (files[0], files[0] / "out.npy")), "the folder does not exist"),
-        ((model, (files[0], tmp_path / "folder"), "--overwrite"), "folder: can't be written"),
+        ((model, (files[0], tmp_path / "folder"), "--overwrite"), "folder: is a folder"),
     ):
         assert run(*arguments) == 2
         assert place in error(capsys)

@@ -13,9 +13,7 @@ WIDTH = 12
 DIMS = (5, 12)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("loss", "dims", "temperature", "candidates", "duplicates")
-)
+@functools.partial(jax.jit, static_argnames=("loss", "dims", "candidates", "duplicates"))
 def value_and_gradient(e, *arrays, loss, **options):
     """A loss and its gradient; compiled, which is faster here than step by step."""
     return jax.value_and_grad(lambda e: loss(e, *arrays, **options)[0])(e)
@@ -147,8 +145,7 @@ def test_info_nce_equals_its_formula(case, candidates, duplicates):
     )
 
 
-@pytest.mark.parametrize("dims", [(12,), (1, 2, 5, 11)])
-def test_info_nce_equals_its_formula_at_any_prefixes_and_the_temperature_of_the_recipe(dims):
+def test_info_nce_equals_its_formula_at_many_prefixes_and_the_temperature_of_the_recipe():
     rng = np.random.default_rng(3)
     query, positive = np.arange(5), np.arange(5, 10)
     negative = rng.integers(5, 20, (5, 3))
@@ -160,7 +157,7 @@ def test_info_nce_equals_its_formula_at_any_prefixes_and_the_temperature_of_the_
         positive,
         negative,
         rng.random((5, 3)) < 0.7,
-        dims=dims,
+        dims=(1, 2, 5, 11),
         temperature=0.01,
         candidates="all",
         duplicates="once",

@@ -11,6 +11,7 @@ from typing import Any
 
 import grain
 import numpy as np
+import tqdm
 
 from piccolo_jax.config import Config
 from piccolo_jax.data import packing
@@ -83,7 +84,10 @@ class Batches:
             sizes=tuple(store.num_rows for store in self.stores),
             weights=tuple(dataset.weight for dataset in datasets),
         )
-        self.plans = [self._plan(d, hidden_size) for d in range(len(self.stores))]
+        bar = tqdm.tqdm(
+            range(len(self.stores)), desc="planning batches", unit=" datasets", leave=False
+        )
+        self.plans = [self._plan(d, hidden_size) for d in bar]
 
     def start(self, first_step: int, stop_step: int) -> Iterator[HostBatch]:
         """Batches of steps first_step..stop_step - 1, read ahead by threads."""

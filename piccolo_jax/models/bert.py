@@ -257,7 +257,9 @@ class _Layer(nn.Module):
         x = residual(x, dense(hidden, name="attention_output")(y), "attention_norm")
 
         y = dense(config.intermediate_size, name="intermediate")(x)
-        y = constrain(ACTIVATIONS[config.hidden_act](y), BATCH_AXES, None, "tensor")
+        # Recomputed backwards even without remat: its parts are kept for every layer otherwise.
+        activation = jax.checkpoint(ACTIVATIONS[config.hidden_act], prevent_cse=False)
+        y = constrain(activation(y), BATCH_AXES, None, "tensor")
         return residual(x, dense(hidden, name="output")(y), "output_norm"), None
 
 

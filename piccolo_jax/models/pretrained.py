@@ -32,7 +32,7 @@ _LEGACY_POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-# Matrices inside an MLM or classification checkpoint that an embedding doesn't use.
+# Of the encoder's tensors in a checkpoint of a model with a head.
 _PREFIXES = ("", "bert.", "roberta.")
 
 

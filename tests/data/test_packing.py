@@ -87,6 +87,13 @@ def test_shards_hold_equally_many_texts_and_like_many_tokens(n, longest, length,
     assert tokens.max() - tokens.min() <= lengths.max()
 
 
+def test_no_shard_gets_the_longer_texts():
+    _, lengths = random_texts(800, 100)
+    layout = plan_layout(lengths, 128, 8)
+    tokens = np.bincount(layout.shard, weights=lengths)
+    assert tokens.max() - tokens.min() < 15
+
+
 @pytest.mark.parametrize("shards", [[0], [1, 2], [2, 0], [3]])
 def test_a_process_fills_its_part_of_the_whole_and_reads_no_other_text(shards):
     texts, lengths = random_texts(50, 60)

@@ -128,6 +128,8 @@ def test_prompts_and_limits_apply_to_queries_and_passages_of_their_own(prepared,
     assert store.lengths.tolist() == [6, 9, 9]
     assert store.manifest["truncated_texts"] == 3
     assert store.manifest["longest_tokens"] == 9
+    both = prepared([{"query": "天" * 20, "pos": "天" * 20}], config=config)
+    assert both.lengths.tolist() == [6, 9]
     pairs = prepared([{"sentence1": "天" * 20, "sentence2": "雨", "score": 1}], config=config)
     assert pairs.lengths.tolist() == [9, 3]  # both texts of a pair have the long limit
     assert pairs.manifest["truncated_texts"] == 1
@@ -291,13 +293,13 @@ def test_datasets_of_a_meta_list_share_its_weight_by_rows_times_repeats(tmp_path
     for name, rows in (("a", RETRIEVAL), ("b", PAIRS * 2), ("c", RETRIEVAL)):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "rows.jsonl", rows)
-    (tmp_path / "meta.txt").write_text("a 1\nb 0.5\n")
+    (tmp_path / "meta.txt").write_text("a 1\nb 0.25\n")
     config = Config()
     config.data.datasets = (
         DatasetConfig(str(tmp_path / "meta.txt"), weight=3.0), DatasetConfig(str(tmp_path / "c")),
     )  # fmt: skip
     datasets = prepare_datasets(config, tokenizer, TASKS, tmp_path / "prepared")
-    assert [(d.store.name, d.weight) for d in datasets] == [("a", 3.0), ("b", 3.0), ("c", 1.0)]
+    assert [(d.store.name, d.weight) for d in datasets] == [("a", 4.0), ("b", 2.0), ("c", 1.0)]
 
 
 # What can't be used, or breaks off
@@ -464,11 +466,19 @@ def test_a_missing_manifest_is_an_error_before_anything_is_prepared(
         prepared(RETRIEVAL)
 
 
-def test_columns_of_different_lengths_are_an_error(prepared, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("query", "2 rows in query, 3 in manifest"),
+        ("positives.offsets", "1 rows in positives, 3 in manifest"),
+        ("lengths", "6 texts, 2 lengths"),
+    ],
+)
+def test_files_that_contradict_each_other_are_an_error(prepared, tmp_path, file, message):
     prepared(RETRIEVAL)
     (name,) = folders(tmp_path)
-    np.save(tmp_path / "prepared" / name / "query.npy", np.zeros(2, np.int32))
-    with pytest.raises(UserError, match="2 rows in query, 3 in manifest"):
+    np.save(tmp_path / "prepared" / name / f"{file}.npy", np.zeros(2, np.int32))
+    with pytest.raises(UserError, match=message):
         prepared(RETRIEVAL)
 
 

@@ -1,0 +1,366 @@
+"""Whole runs of the main program, as processes of their own and in this one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from small import ROOT, run_command, snapshot
+
+from piccolo_jax import config as config_lib
+from piccolo_jax import metrics, train
+
+TASKS = ("retrieval", "similarity", "classification")
+CONFIG = """
+from piccolo_jax.config import Config, DatasetConfig, EvalDatasetConfig
+
+
+def get_config():
+    config = Config(total_steps=12, batch_size=4)
+    config.model.tokenizer = {tokenizer!r}
+    config.model.vocab_size, config.model.hidden_size, config.model.num_layers = 2600, 32, 2
+    config.model.num_heads, config.model.intermediate_size = 2, 64
+    config.model.max_positions, config.model.embed_dim = 32, 48
+    config.model.dropout = 0.1  # random numbers matter
+    config.loss.dims = (16, 48)
+    config.optim.learning_rate, config.optim.schedule = 1e-3, "constant"
+    config.data.max_length = config.data.query_max_length = 32
+    config.data.datasets = tuple(DatasetConfig(path=path) for path in {train!r})
+    config.eval.datasets = (EvalDatasetConfig(path={dev!r}, max_rows=10),)
+    config.eval.every, config.checkpoint.every, config.log.every = 6, 4, 1
+    return config
+"""
+# The main program, which gets a signal when it has logged a step and checkpoint 4 is complete.
+WITH_A_SIGNAL = """
+import os, pathlib, sys, time
+from piccolo_jax import cli, metrics, train
+number, step, checkpoint = int(sys.argv.pop(1)), int(sys.argv.pop(1)), pathlib.Path(sys.argv.pop(1))
+write = metrics.JsonLines.write
+def write_and_die(self, values):
+    write(self, values)
+    if self.path.name == "metrics.jsonl" and values["step"] == step:
+        while not checkpoint.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+metrics.JsonLines.write = write_and_die
+cli.run(train.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """A cache of compiled programs for all processes, which would take most of the time."""
+    directory = str(tmp_path_factory.mktemp("compiled"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
+        patch.setenv("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        before = jax.config.jax_compilation_cache_dir
+        jax.config.update("jax_compilation_cache_dir", directory)
+        compilation_cache.reset_cache()
+        yield
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Config file and training files."""
+    directory = tmp_path_factory.mktemp("files")
+    data = ROOT / "configs" / "quickstart_data"
+    for task in TASKS:
+        lines = (data / f"{task}.train.jsonl").read_text("utf-8").splitlines(keepends=True)
+        (directory / f"{task}.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
+    config = CONFIG.format(
+        tokenizer=str(data / "tokenizer"),
+        train=[str(directory / f"{task}.jsonl") for task in TASKS],
+        dev=str(data / "similarity.test.jsonl"),
+    )
+    (directory / "tiny.py").write_text(config, encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(files, compiled_once):
+    """run(workdir, *flags, program=...): the main program in a process of its own."""
+
+    def run(workdir, *flags, program=("-m", "piccolo_jax.train")):
+        command = [sys.executable, *map(str, program), f"--config={files / 'tiny.py'}"]
+        return subprocess.run(
+            [*command, f"--workdir={workdir}", *flags],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_here(files, compiled_once):
+    """run_here(workdir, *flags): exit code of the main program in this process."""
+
+    def run_here(workdir, *flags):
+        config = f"--config={files / 'tiny.py'}"
+        return run_command(train.main, config, f"--workdir={workdir}", *flags)
+
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def straight(run, tmp_path_factory):
+    """An uninterrupted run: its workdir and process."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    return SimpleNamespace(workdir=workdir, process=run(workdir))
+
+
+@pytest.fixture
+def copied(straight, tmp_path):
+    shutil.copytree(straight.workdir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def rows(workdir, name="metrics.jsonl"):
+    return metrics.read(workdir / name)
+
+
+def losses(workdir):
+    return {row["step"]: (row["dataset"], row["loss"], row["grad_norm"]) for row in rows(workdir)}
+
+
+def assert_same_end(workdir, straight):
+    """The run ended bit by bit as the uninterrupted one, and reported the same on the way."""
+    for path in ("model.safetensors", "2_Dense/model.safetensors"):
+        one, other = (base / "export" / path for base in (workdir, straight.workdir))
+        assert one.read_bytes() == other.read_bytes(), path
+    steps = [row["step"] for row in rows(workdir)]
+    assert steps == sorted(set(steps))
+    assert losses(workdir).items() <= losses(straight.workdir).items()
+    assert rows(workdir, "eval.jsonl") == rows(straight.workdir, "eval.jsonl")
+
+
+def test_a_run_ends_with_checkpoints_metrics_scores_and_an_export(straight):
+    process, workdir = straight.process, straight.workdir
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    assert sorted(p.name for p in workdir.iterdir()) == [
+        "checkpoints", "config.json", "eval.jsonl", "export", "metrics.jsonl", "prepared",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
+    assert [row["step"] for row in rows(workdir)] == list(range(1, 13))
+    assert {row["task"] for row in rows(workdir)} == set(TASKS)
+    needed = {"step", "task", "dataset", "loss", "grad_norm", "learning_rate"}
+    assert all(needed <= row.keys() for row in rows(workdir))
+    scores = rows(workdir, "eval.jsonl")
+    assert [(s["step"], s["dataset"], s["metric"]) for s in scores] == [
+        (step, "similarity.test", "spearman") for step in (0, 6, 12)
+    ]
+    assert all(-1 <= score[dim] <= 1 for score in scores for dim in ("16", "48"))
+    config = config_lib.from_json((workdir / "config.json").read_text("utf-8"), "config.json")
+    assert (config.total_steps, config.model.embed_dim) == (12, 48)
+    for place in (workdir / "checkpoints" / "12", workdir / "export"):
+        assert str(place) in process.stderr
+
+
+def test_a_killed_run_goes_on_and_ends_bit_by_bit_the_same(run, straight, tmp_path):
+    workdir = tmp_path / "run"
+    deadly = ("-c", WITH_A_SIGNAL, signal.SIGKILL, 7, workdir / "checkpoints" / "4")
+    killed = run(workdir, program=deadly)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "ta')
+    resumed = run(workdir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming after step 4" in resumed.stderr
+    assert losses(workdir) == losses(straight.workdir)
+    assert_same_end(workdir, straight)
+
+
+def test_a_run_asked_to_stop_saves_and_goes_on_where_it_stopped(
+    run, run_here, straight, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    stopping = ("-c", WITH_A_SIGNAL, signal.SIGTERM, 4, workdir / "checkpoints" / "4")
+    stopped = run(workdir, program=stopping)
+    assert stopped.returncode == 128 + signal.SIGTERM == 143, stopped.stderr
+    assert "stopped after step 5; the same command goes on from there" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert (workdir / "checkpoints" / "5").is_dir()
+    assert not (workdir / "export").exists()
+    assert run_here(workdir, "--config.log.every=3") == 0
+    assert "resuming after step 5" in capsys.readouterr().err
+    assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4, 5, 6, 9, 12]
+    assert_same_end(workdir, straight)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(
+    run_here, straight, copied, capsys
+):
+    shutil.rmtree(copied / "export")
+    latest = copied / "checkpoints" / "12"
+    largest = max((latest / "state").rglob("?" * 32), key=lambda path: path.stat().st_size)
+    os.truncate(largest, 1000)
+    before = snapshot(copied)
+    assert run_here(copied) == 2
+    message = error(capsys)
+    assert f"{latest}: this checkpoint can't be read" in message
+    assert "delete it" in message
+    assert snapshot(copied) == before
+    shutil.rmtree(latest)
+    assert run_here(copied) == 0
+    assert "resuming after step 8" in capsys.readouterr().err
+    assert_same_end(copied, straight)
+
+
+def test_a_finished_run_started_again_changes_nothing(run_here, copied, capsys):
+    before = snapshot(copied)
+    assert run_here(copied) == 0
+    assert snapshot(copied) == before
+    assert str(copied / "export") in capsys.readouterr().err
+
+
+def test_a_constant_schedule_lets_the_run_become_longer(run_here, straight, copied, capsys):
+    assert run_here(copied, "--config.total_steps=14") == 0
+    assert [row["step"] for row in rows(copied)] == list(range(1, 15))
+    assert losses(straight.workdir).items() < losses(copied).items()
+    path = Path("export") / "model.safetensors"
+    assert (copied / path).read_bytes() != (straight.workdir / path).read_bytes()
+    assert run_here(copied) == 2
+    assert "config.total_steps = 12: " in error(capsys)
+
+
+def error(capsys):
+    """The one message on standard error, below what was said before."""
+    lines = capsys.readouterr().err.split("error: ")
+    assert len(lines) == 2, lines
+    assert "Traceback" not in lines[1]
+    return lines[1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "difference"),
+    [
+        ("optim.learning_rate=1e-4", "optim.learning_rate: 0.001 -> 0.0001"),
+        ("optim.schedule=cosine", "optim.schedule: 'constant' -> 'cosine'"),
+        ("loss.dims=(48,)", "loss.dims: (16, 48) -> (48,)"),
+        ("model.hidden_size=64", "model.hidden_size: 32 -> 64"),
+        ("data.datasets[1].weight=2", "data.datasets[1].weight: 1.0 -> 2.0"),
+        ("seed=1", "seed: 0 -> 1"),
+    ],
+)
+def test_another_config_is_refused_with_the_difference(
+    run_here, straight, capsys, flag, difference
+):
+    before = snapshot(straight.workdir)
+    assert run_here(straight.workdir, f"--config.{flag}") == 2
+    message = error(capsys)
+    assert f"{straight.workdir / 'config.json'} is of a run with another config" in message
+    assert f"  {difference}\n" in message
+    assert "another --workdir" in message
+    assert snapshot(straight.workdir) == before
+
+
+def test_other_training_data_are_refused(run_here, files, copied, tmp_path, capsys):
+    path = files / "similarity.jsonl"
+    text = path.read_text("utf-8")
+    before = snapshot(copied)
+    try:
+        path.write_text(text.replace('"label": 2', '"label": 1', 1), encoding="utf-8")
+        assert run_here(copied) == 2
+    finally:
+        path.write_text(text, encoding="utf-8")
+    assert "content of dataset: similarity.jsonl-" in error(capsys)
+    assert before.items() <= snapshot(copied).items()  # beside them, the newly prepared data
+
+
+def test_checkpoints_of_another_model_are_refused(run_here, straight, tmp_path, capsys):
+    shutil.copytree(straight.workdir / "checkpoints", tmp_path / "run" / "checkpoints")
+    assert run_here(tmp_path / "run", "--config.model.hidden_size=64") == 2
+    message = error(capsys)
+    assert f"{tmp_path / 'run' / 'checkpoints'} is of a run with another config" in message
+    assert "model.hidden_size: 32 -> 64" in message
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.fixture
+def step_by_step(monkeypatch):
+    """Steps that change nothing and give the metrics that `results` holds for their numbers."""
+    results = {}
+
+    def get(self, task, shape, state, arrays):
+        def step(state, arrays):
+            done = int(state.step) + 1
+            values = results.get(done, {"loss": 0.5, "grad_norm": 1.0})
+            return state.replace(step=state.step + 1), values
+
+        return step, 0.0
+
+    monkeypatch.setattr(train.CompiledSteps, "get", get)
+    return results
+
+
+def no_evals():
+    return "--config.eval.datasets=()"
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
+    run_here, step_by_step, tmp_path, capsys, name, value
+):
+    step_by_step[8] = {"loss": 0.5, "grad_norm": 1.0, name: value}
+    assert run_here(tmp_path, no_evals()) == 2
+    message = error(capsys)
+    assert "step 8, dataset " in message
+    assert "Lower optim.learning_rate" in message
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 8))
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_run_that_has_learnt_nothing_yet_may_change_its_config(
+    run_here, step_by_step, tmp_path, capsys
+):
+    step_by_step[2] = {"loss": float("nan"), "grad_norm": 1.0}
+    assert run_here(tmp_path, no_evals()) == 2
+    step_by_step.clear()
+    assert run_here(tmp_path, no_evals(), "--config.optim.learning_rate=1e-4") == 0
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["learning_rate"] == 1e-4
+
+
+def test_metrics_are_logged_every_so_many_steps_and_at_both_ends(run_here, step_by_step, tmp_path):
+    assert (
+        run_here(tmp_path, no_evals(), "--config.log.every=5", "--config.checkpoint.every=0") == 0
+    )
+    assert [row["step"] for row in rows(tmp_path)] == [1, 5, 10, 12]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["12"]
+
+
+def test_an_evaluation_that_was_cut_short_is_made_up_for(
+    run_here, step_by_step, tmp_path, monkeypatch, capsys
+):
+    scores = iter(range(100))
+    monkeypatch.setattr(
+        train.EvalDataset, "evaluate", lambda self, encode, dims: dict.fromkeys(dims, next(scores))
+    )
+    flags = ("--config.eval.every=4", f"--config.eval.datasets[0].path={ROOT}/README.md")
+    flags = flags[:1]
+    assert run_here(tmp_path, *flags) == 0
+    assert [(r["step"], r["16"]) for r in rows(tmp_path, "eval.jsonl")] == [
+        (0, 0), (4, 1), (8, 2), (12, 3),
+    ]  # fmt: skip
+    path = tmp_path / "eval.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    shutil.rmtree(tmp_path / "checkpoints" / "12")  # as if killed while it evaluated step 8
+    assert run_here(tmp_path, *flags) == 0
+    assert [(r["step"], r["16"]) for r in rows(tmp_path, "eval.jsonl")] == [
+        (0, 0), (4, 1), (8, 4), (12, 5),
+    ]  # fmt: skip
+    assert run_here(tmp_path, *flags, "--config.eval.dims=(48,)") == 0
+    assert "12" in capsys.readouterr().err
