@@ -41,13 +41,13 @@ def build(config: Config) -> Parts:
     if init:
         spec = pretrained.read_spec(init)
     else:
-        sizes = {
+        sizes: dict[str, Any] = {
             f.name: getattr(model, f.name)
             for f in dataclasses.fields(BertConfig)
             if hasattr(model, f.name)
         }
-        dropout = {"hidden_dropout": _RANDOM_DROPOUT, "attention_dropout": _RANDOM_DROPOUT}
-        spec = pretrained.Pretrained(Path(), BertConfig(**sizes, **dropout))
+        sizes |= {"hidden_dropout": _RANDOM_DROPOUT, "attention_dropout": _RANDOM_DROPOUT}
+        spec = pretrained.Pretrained(Path(), BertConfig(**sizes))
     backbone = spec.backbone
     if model.dropout is not None:
         backbone = dataclasses.replace(
@@ -60,7 +60,7 @@ def build(config: Config) -> Parts:
                 f"config.data.{name} = {getattr(data, name)}: must be at most"
                 f" {backbone.max_positions}, the positions of {model.init}"
             )
-    tokenizer = Tokenizer(model.tokenizer or init)
+    tokenizer = Tokenizer(model.tokenizer or str(init))
     if tokenizer.vocab_size > backbone.vocab_size:
         raise UserError(
             f"config.model.tokenizer = {model.tokenizer!r}: has {tokenizer.vocab_size} token ids,"
@@ -106,14 +106,7 @@ def make_params(parts: Parts, seed: int, shardings: Any) -> Params:
         loaded = pretrained.load_params(parts.init, parts.model.backbone, embed_dim)
     missing = {name: s for name, s in shardings.items() if name not in loaded}
     params = {
-        name: jax.tree.map(
-            lambda value, s: jax.make_array_from_callback(
-                value.shape, s, lambda index, value=value: value[index]
-            ),
-            tree,
-            shardings[name],
-        )
-        for name, tree in loaded.items()
+        name: jax.tree.map(sharding.place, tree, shardings[name]) for name, tree in loaded.items()
     }
     if missing:
         draw = jax.jit(

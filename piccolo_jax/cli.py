@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from absl import flags
 from ml_collections import config_flags
@@ -76,9 +77,9 @@ def parse_config(argv: list[str], usage: str) -> tuple[Config, Path]:
     for name in ("config", "workdir"):
         if not (values[name].present and values[name].value):
             raise UserError(f"--{name} is missing\n{usage}")
-    config = values["config"].value
+    config = cast(Config, values["config"].value)
     config_lib.validate(config)
-    return config, Path(values["workdir"].value)
+    return config, Path(str(values["workdir"].value))
 
 
 def _load(path: str) -> Config:

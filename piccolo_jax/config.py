@@ -207,9 +207,9 @@ def validate(config: Config) -> None:
     """
     for node in filter(dataclasses.is_dataclass, (config.data, config.eval, config.loss,
                                                   config.model)):  # fmt: skip
-        for field in dataclasses.fields(node):
-            if isinstance(getattr(node, field.name), list):
-                setattr(node, field.name, tuple(getattr(node, field.name)))
+        for item in dataclasses.fields(node):
+            if isinstance(getattr(node, item.name), list):
+                setattr(node, item.name, tuple(getattr(node, item.name)))
 
     def require(ok: bool, field: str, allowed: str) -> None:
         if not ok:
@@ -287,14 +287,14 @@ def validate(config: Config) -> None:
         require(bool(dataset.path), f"{where}.path", "a file or directory")
         one_of(f"{where}.task", "", *TASK_NAMES)
         positive(f"{where}.weight")
-    for i, dataset in enumerate(config.eval.datasets):
-        require(bool(dataset.path), f"eval.datasets[{i}].path", "a file or directory")
+    for i, evaluated in enumerate(config.eval.datasets):
+        require(bool(evaluated.path), f"eval.datasets[{i}].path", "a file or directory")
         one_of(f"eval.datasets[{i}].task", "", *TASK_NAMES)
         not_negative(f"eval.datasets[{i}].max_rows")
-    for field in ("data.query_max_length", "data.max_length"):
-        require(get(config, field) >= 3, field, "3 tokens or more (two are special)")
+    for limit in ("data.query_max_length", "data.max_length"):
+        require(get(config, limit) >= 3, limit, "3 tokens or more (two are special)")
         if not model.init:
-            require(get(config, field) <= model.max_positions, field,
+            require(get(config, limit) <= model.max_positions, limit,
                     f"at most model.max_positions = {model.max_positions}")  # fmt: skip
     not_negative("data.negatives")
 

@@ -6,7 +6,7 @@ and `tensor` by rules (regex on the parameter's path, PartitionSpec), first matc
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -89,12 +89,13 @@ def param_shardings(mesh: Mesh, abstract_params: Any, rules: Rules) -> Any:
 
 
 def _divisible(
-    mesh: Mesh | jax.sharding.AbstractMesh, shape: tuple[int, ...], spec: Sequence[Any]
+    mesh: Mesh | jax.sharding.AbstractMesh, shape: tuple[int, ...], spec: Iterable[Any]
 ) -> PartitionSpec:
-    if len(spec) > len(shape):
+    entries = tuple(spec)
+    if len(entries) > len(shape):
         raise ValueError(f"{spec} has more entries than the array of shape {shape}")
     kept = []
-    for entry, size in zip(spec, shape, strict=False):
+    for entry, size in zip(entries, shape, strict=False):
         axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
         divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
         kept.append(entry if divides else None)
@@ -106,7 +107,12 @@ def local_shards(mesh: Mesh) -> tuple[int, ...]:
     shards = batch_shards_of(mesh)
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     slices = sharding.addressable_devices_indices_map((shards,)).values()
-    return tuple(sorted({range(shards)[index[0]][0] for index in slices}))
+    return tuple(sorted({range(shards)[index[0]][0] for index in slices if index is not None}))
+
+
+def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The global array of `value`, which every process holds whole, in its sharding."""
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def global_batch(
@@ -118,7 +124,7 @@ def global_batch(
     is the same whole on every process.
     """
     local, shards = local_shards(mesh), batch_shards_of(mesh)
-    arrays = {}
+    arrays: dict[str, jax.Array] = {}
     for name, value in sharded.items():
         part = len(value) // len(local)
         shape = (part * shards, *value.shape[1:])
@@ -130,8 +136,5 @@ def global_batch(
         sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
         arrays[name] = jax.make_array_from_callback(shape, sharding, read)
     for name, value in replicated.items():
-        sharding = NamedSharding(mesh, PartitionSpec())
-        arrays[name] = jax.make_array_from_callback(
-            value.shape, sharding, lambda index, value=value: value[index]
-        )
+        arrays[name] = place(value, NamedSharding(mesh, PartitionSpec()))
     return arrays

@@ -7,6 +7,7 @@ metrics.jsonl, eval.jsonl, prepared/, checkpoints/ and, at the end, export/.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -221,11 +222,9 @@ def _evaluate(
     log: metrics.JsonLines,
 ) -> None:
     for dataset in evals:
+        progress = f"evaluating {dataset.name}"
         scores = dataset.evaluate(
-            lambda texts, prompt, name=dataset.name: encoder.encode(
-                params, texts, prompt, progress=f"evaluating {name}"
-            ),
-            dims,
+            functools.partial(encoder.encode, params, progress=progress), dims
         )
         values = {str(dim): round(score, 5) for dim, score in scores.items()}
         log.write(
@@ -241,6 +240,9 @@ class _Rate:
     """Rows and tokens per second since the last call of take()."""
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._rows, self._tokens, self._since = 0, 0, time.monotonic()
 
     def add(self, rows: int, tokens: int) -> None:
@@ -252,7 +254,7 @@ class _Rate:
             "rows_per_second": round(self._rows / seconds, 2),
             "tokens_per_second": round(self._tokens / seconds, 1),
         }
-        self.__init__()
+        self._reset()
         return rates
 
 
@@ -268,7 +270,7 @@ def _stop_signal() -> Iterator[Any]:
     def receive(number: int, _: Any) -> None:
         nonlocal received
         received = number
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if jax.process_count() > 1:  # JAX itself catches SIGTERM there, and agrees on a step

@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from piccolo_jax import optim
 from piccolo_jax.config import Config
-from piccolo_jax.data.packing import Shape, num_segments
-from piccolo_jax.models.embedder import Embedder
+from piccolo_jax.data.packing import Shape
+from piccolo_jax.models.embedder import Embedder, encode
 from piccolo_jax.tasks import Task
 from piccolo_jax.types import Batch, Metrics, Params, TrainState
 
@@ -35,17 +35,7 @@ def make_step(
                 params,
                 optim.frozen(params, config.model.freeze),
             )
-            embeddings = model.apply(
-                {"params": params},
-                batch["tokens"],
-                batch["segments"],
-                batch["positions"],
-                batch["text_slots"],
-                num_segments=num_segments(batch["tokens"].shape[1]),
-                deterministic=False,
-                rngs={"dropout": dropout},
-            )
-            return task.loss(embeddings, batch, config.loss)
+            return task.loss(encode(model, params, batch, dropout), batch, config.loss)
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -15,6 +15,6 @@ Metrics = dict[str, jax.Array]
 class TrainState:
     """What a step reads and writes; `step` counts finished steps and determines the randomness."""
 
-    step: jax.Array
+    step: Any  # jax.Array, int32 []; as the other fields, abstract or a sharding in trees of those
     params: Params
     opt_state: optax.OptState

@@ -25,11 +25,12 @@ def shared():
 
 @pytest.fixture(scope="session")
 def run_python():
-    """run_python(*arguments, devices=1, check=True): Python in a process of its own."""
+    """run_python(*arguments, devices=1, check=True, env={}): Python in a process of its own."""
 
-    def run(*arguments, devices=1, check=True):
+    def run(*arguments, devices=1, check=True, env=None):
         env = {
             **os.environ,
+            **(env or {}),
             "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }

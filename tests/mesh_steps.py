@@ -2,11 +2,11 @@
 
     python mesh_steps.py OUT.npz
 
-OUT.npz holds "MESH/TASK/NAME": loss, grad_norm, embeddings' gradients and parameters.
+OUT.npz holds MESH/TASK/STEP/METRIC, and per parameter MESH/TASK/grads/PATH of the first step and
+MESH/TASK/params/PATH after the last.
 """
 
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,6 @@ def main(out):
         places = jax.tree.map(lambda leaf: leaf.sharding, start)
         start = jax.device_get(start)
         for task in TASKS:
-            started = time.monotonic()
             state = jax.device_put(start, places)
             batches = Batches(
                 config, [tiny.dataset(task)], TASKS, 32,
@@ -63,7 +62,6 @@ def main(out):
                 if step == 0:
                     arrays |= flat(f"{name}/grads", state.opt_state[0])
             arrays |= flat(f"{name}/params", state.params)
-            print(f"{name}: {time.monotonic() - started:.1f} s")
     np.savez(out, **arrays)
 
 

@@ -126,7 +126,7 @@ def _write(
     total = formats.count_rows(source.files)
     with tqdm.tqdm(total=total, desc=f"preparing {manifest['name']}", unit=" rows") as bar:
         for chunk in _batched(source, _ROWS_AT_ONCE):
-            examples = []
+            examples: list[formats.Example] = []
             for item in chunk:
                 (rejected if isinstance(item, formats.Rejected) else examples).append(item)
             for column in task.columns:

@@ -14,7 +14,7 @@ from piccolo_jax.config import MeshConfig
 from piccolo_jax.data import packing
 from piccolo_jax.data.tokenizer import Tokenizer
 from piccolo_jax.models import pretrained
-from piccolo_jax.models.embedder import Embedder, embedder_rules
+from piccolo_jax.models.embedder import Embedder, embedder_rules, encode
 from piccolo_jax.types import Batch, Params
 
 _ROW_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -91,10 +91,7 @@ class Encoder:
 
     @functools.cached_property
     def _apply(self) -> Callable[[Params, Batch], jax.Array]:
-        def apply(params: Params, batch: Batch) -> jax.Array:
-            segments = packing.num_segments(batch["tokens"].shape[1])
-            return self.model.apply({"params": params}, **batch, num_segments=segments)
-
+        apply = functools.partial(encode, self.model)
         return jax.jit(apply, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
 

@@ -1,7 +1,7 @@
 """Backbone, pooling and scaling layer: packed rows to one embedding per text."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from piccolo_jax.data.packing import num_segments
 from piccolo_jax.models import bert
 from piccolo_jax.sharding import BATCH_AXES, Rules, batch_shards, constrain
+from piccolo_jax.types import Batch, Params
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -75,6 +77,23 @@ class Embedder(nn.Module):
         if self.embed_dim:
             x = nn.Dense(self.embed_dim, precision=jax.lax.Precision.HIGHEST, name="scaling")(x)
         return constrain(x, BATCH_AXES, None)
+
+
+def encode(
+    model: Embedder, params: Params, batch: Batch, dropout: jax.Array | None = None
+) -> Float[Array, "N D"]:
+    """Embeddings of a batch's texts; `dropout` is the key of its random numbers (None: without)."""
+    embeddings = model.apply(
+        {"params": params},
+        batch["tokens"],
+        batch["segments"],
+        batch["positions"],
+        batch["text_slots"],
+        num_segments=num_segments(batch["tokens"].shape[1]),
+        deterministic=dropout is None,
+        rngs=None if dropout is None else {"dropout": dropout},
+    )
+    return cast(jax.Array, embeddings)
 
 
 def pooling_weights(
