@@ -7,6 +7,7 @@ import jax
 import optax
 
 from piccolo_jax.config import Config, OptimConfig
+from piccolo_jax.errors import UserError
 from piccolo_jax.types import Params
 
 
@@ -34,9 +35,19 @@ def frozen(params: Params, patterns: tuple[str, ...]) -> Any:
 def make_optimizer(config: Config, params: Params) -> optax.GradientTransformation:
     """Clipping by global norm and AdamW (arXiv 1711.05101) on what config.model.freeze leaves.
 
-    Weight decay spares biases and LayerNorm. `params` may be abstract.
+    Weight decay spares biases and LayerNorm. `params` may be abstract. Raises UserError if a regex
+    of config.model.freeze matches no parameter, or all are frozen.
     """
-    c = config.optim
+    c, patterns = config.optim, config.model.freeze
+    is_frozen = frozen(params, patterns)
+    for pattern in patterns:
+        if not any(jax.tree.leaves(frozen(params, (pattern,)))):
+            raise UserError(
+                f"config.model.freeze = {patterns}: {pattern!r} matches no parameter; they are"
+                f" {', '.join(jax.tree.leaves(_by_path(params, str)))}"
+            )
+    if all(jax.tree.leaves(is_frozen)):
+        raise UserError(f"config.model.freeze = {patterns}: nothing is left to train")
     adamw = optax.adamw(
         learning_rate(c, config.total_steps),
         b1=c.b1,
@@ -46,10 +57,7 @@ def make_optimizer(config: Config, params: Params) -> optax.GradientTransformati
         mask=lambda tree: _by_path(tree, lambda path: not re.search(r"(bias|scale)$", path)),
     )
     clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
-    labels = jax.tree.map(
-        lambda is_frozen: "frozen" if is_frozen else "trained",
-        frozen(params, config.model.freeze),
-    )
+    labels = jax.tree.map(lambda stays: "frozen" if stays else "trained", is_frozen)
     return optax.multi_transform(
         {"trained": optax.chain(clip, adamw), "frozen": optax.set_to_zero()}, labels
     )

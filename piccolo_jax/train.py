@@ -63,16 +63,15 @@ def main(argv: list[str]) -> int:
     abstract_params = build.abstract_params(parts.model, shardings)
     optimizer = optim.make_optimizer(config, abstract_params)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    if checkpoints.latest is not None:
-        checkpoints.check(config, fingerprints)
-    _write_config(workdir, config)
     if checkpoints.latest is None:
         _say_model(parts, abstract_params, mesh)
         params = build.make_params(parts, config.seed, shardings)
         state = build.make_state(params, optimizer, mesh)
     else:
+        checkpoints.check(config, fingerprints)
         state = checkpoints.restore(build.abstract_state(abstract_params, optimizer, mesh))
         say(f"resuming after step {checkpoints.latest} of {checkpoints.directory}")
+    _write_config(workdir, config)
     first_step = int(state.step)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 

@@ -3,7 +3,7 @@
     python mesh_steps.py OUT.npz
 
 OUT.npz holds MESH/TASK/STEP/METRIC, and per parameter MESH/TASK/grads/PATH of the first step and
-MESH/TASK/params/PATH after the last.
+MESH/TASK/params/PATH after the last; MESH/random/params/PATH are weights drawn by the seed.
 """
 
 import sys
@@ -21,6 +21,7 @@ from piccolo_jax.tasks import TASKS
 from piccolo_jax.train_step import CompiledSteps
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2))
+RANDOM = ((1, 1, 1), (2, 2, 2))
 
 
 def recording(optimizer):
@@ -42,6 +43,10 @@ def main(out):
         model = tiny.embedder(layers=4, row_chunk=1)
         shardings = build.param_shardings(model, mesh)
         params = jax.tree.map(jax.device_put, tiny.params(model), shardings)
+        if sizes in RANDOM:
+            parts = build.Parts(model, None, None, False)
+            random = build.make_params(parts, 3, shardings)
+            arrays |= flat(f"{'x'.join(map(str, sizes))}/random/params", random)
         optimizer = recording(optim.make_optimizer(config, params))
         start = build.make_state(params, optimizer, mesh)
         places = jax.tree.map(lambda leaf: leaf.sharding, start)

@@ -15,6 +15,26 @@ from piccolo_jax.config import Config, DatasetConfig, MeshConfig
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "configs" / "quickstart_data" / "tokenizer"
 DIMS = (8, 20, 24)
+TASKS = ("retrieval", "similarity", "classification")
+TRAINING_CONFIG = """
+from piccolo_jax.config import Config, DatasetConfig, EvalDatasetConfig
+
+
+def get_config():
+    config = Config(total_steps=12, batch_size=4)
+    config.model.tokenizer = {tokenizer!r}
+    config.model.vocab_size, config.model.hidden_size, config.model.num_layers = 2600, 32, 2
+    config.model.num_heads, config.model.intermediate_size = 2, 64
+    config.model.max_positions, config.model.embed_dim = 32, 48
+    config.model.dropout = 0.1  # random numbers matter
+    config.loss.dims = (16, 48)
+    config.optim.learning_rate, config.optim.schedule = 1e-3, "constant"
+    config.data.max_length = config.data.query_max_length = 32
+    config.data.datasets = tuple(DatasetConfig(path=path) for path in {train!r})
+    config.eval.datasets = (EvalDatasetConfig(path={dev!r}, max_rows=10),)
+    config.eval.every, config.checkpoint.every, config.log.every = 6, 4, 1
+    return config
+"""
 
 
 def config(pooling="mean", embed_dim=24, tokenizer=TOKENIZER, vocab_size=2600):
@@ -69,3 +89,26 @@ def run_command(main, *arguments):
         except SystemExit as stop:
             return stop.code or 0
     raise AssertionError("cli.run returned")
+
+
+def one_error(capsys):
+    """The one message on standard error, below what was said before."""
+    lines = capsys.readouterr().err.split("error: ")
+    assert len(lines) == 2, lines
+    assert "Traceback" not in lines[1]
+    return lines[1]
+
+
+def write_training_files(directory):
+    """Training files of 20 rows of each task, and a config file tiny.py that names them."""
+    data = TOKENIZER.parent
+    for task in TASKS:
+        lines = (data / f"{task}.train.jsonl").read_text("utf-8").splitlines(keepends=True)
+        (directory / f"{task}.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
+    config = TRAINING_CONFIG.format(
+        tokenizer=str(TOKENIZER),
+        train=[str(directory / f"{task}.jsonl") for task in TASKS],
+        dev=str(data / "similarity.test.jsonl"),
+    )
+    (directory / "tiny.py").write_text(config, encoding="utf-8")
+    return directory
