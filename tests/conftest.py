@@ -9,6 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,3 +43,11 @@ def run_python():
         return done
 
     return run
+
+
+@pytest.fixture(scope="module")
+def quick_compiling():
+    """For tests whose time is the compiler's: it leaves out optimisations within this module."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -12,6 +12,8 @@ import tiny
 from piccolo_jax import build, export, optim, sharding
 from piccolo_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 
 def paths(tree):
     return {

@@ -9,6 +9,8 @@ import pytest
 
 from piccolo_jax import losses
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 WIDTH = 12
 DIMS = (5, 12)
 

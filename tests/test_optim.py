@@ -12,6 +12,8 @@ from piccolo_jax.config import OptimConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.optim import frozen, learning_rate, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 PEAK, TOTAL = 0.4, 10
 
 

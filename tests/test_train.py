@@ -318,4 +318,6 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(
     ]  # fmt: skip
     capsys.readouterr()
     assert run_here(tmp_path, "--config.eval.dims=(48,)") == 0
-    assert "similarity.test spearman  0.000 -> 6.000" in capsys.readouterr().err
+    assert "0.000 -> 5.000" in capsys.readouterr().err
+    assert run_here(tmp_path, "--config.eval.dims=(32,)") == 0  # step 0 has no such score
+    assert [r.get("32") for r in rows(tmp_path, "eval.jsonl")] == [None] * 4 + [6]

@@ -22,6 +22,8 @@ from piccolo_jax.data.packing import Shape
 from piccolo_jax.models.embedder import encode
 from piccolo_jax.train_step import CompiledSteps, make_step
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 GOLDEN = Path(__file__).parent / "fixtures" / "step_golden.json"
 STEPS = 4
 
