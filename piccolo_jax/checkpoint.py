@@ -43,8 +43,6 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, config: Config, data: list[str]) -> None:
         """Saves in the background; `data` are names and fingerprints of the datasets."""
-        if step == self.latest:
-            return
         about = {"config": json.loads(config_lib.to_json(config)), "data": data}
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)

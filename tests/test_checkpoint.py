@@ -3,6 +3,7 @@ import gc
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +174,29 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it_and_the_remedy(copied, c
     shutil.rmtree(copied / "checkpoints" / "8")
     assert Checkpoints(copied).restore(abstract(state(4))).step == 4
     assert "Traceback" not in capfd.readouterr().err
+
+
+READ = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import pathlib, test_checkpoint as t
+from piccolo_jax import cli
+workdir = pathlib.Path(sys.argv[2])
+cli.run(lambda _: t.Checkpoints(workdir).restore(t.abstract(t.state(8))))
+"""
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_checkpoint_is_one_line_on_standard_error(copied, run_python, damage):
+    state = copied / "checkpoints" / "8" / "state"
+    if damage == "cut":
+        os.truncate(largest(state / "ocdbt.process_0"), 100)
+    else:
+        (state / "manifest.ocdbt").unlink()
+    done = run_python("-c", READ, Path(__file__).parent, copied, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_damaged_notes_are_an_error_too(copied):

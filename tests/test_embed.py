@@ -113,6 +113,18 @@ def test_an_output_that_exists_is_kept(model, files, capsys):
     assert files[1].read_text() == "mine"
 
 
+def test_a_disk_without_room_leaves_what_was_there(model, files, monkeypatch, capsys):
+    def save(*_):
+        raise OSError(28, "No space left on device")
+
+    files[1].write_text("mine")
+    monkeypatch.setattr(embed.np, "save", save)
+    assert run(model, files, "--overwrite") == 2
+    assert "out.npy: can't be written (No space left on device)" in capsys.readouterr().err
+    assert files[1].read_text() == "mine"
+    assert sorted(p.name for p in files[1].parent.iterdir()) == ["out.npy", "texts.jsonl"]
+
+
 def test_places_that_cannot_be_used_are_named(model, files, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.jsonl").touch()

@@ -75,8 +75,8 @@ def test_what_is_found_after_the_tenth_place_counts_nothing():
 
 def test_label_accuracy_is_the_share_whose_nearest_label_is_their_own():
     labels = unit([1, 0], [0, 1])
-    texts = unit([2, 1], [1, 2], [1, 3], [3, 1])
-    assert local.label_accuracy(texts, labels, [{0}, {1}, {0}, {0, 1}]) == 0.75
+    texts = unit([2, 1], [1, 2], [3, 1], [1, 3])
+    assert local.label_accuracy(texts, labels, [{0}, {1}, {1}, {0, 1}]) == 0.75
 
 
 def by_first_letters(vectors):
