@@ -88,6 +88,10 @@ class RetrievalLossConfig:
     weight: float = 1.0
     candidates: str = "all"  # all: every positive and negative; own_positive: own and negatives
     duplicates: str = "once"  # a document that occurs twice counts: once, or count (as REF)
+    terms: tuple[str, ...] = ("qd",)  # of the denominator: query (q), document (d) pairs; qd first
+    false_negative_margin: float | None = None  # leave out what is nearer than the positive by this
+    hardness: float = 0.0  # weigh negatives by exp(hardness * cosine)
+    spread_out: float = 0.0  # weight of the mean squared cosine between queries, and positives
 
 
 @config_dataclass
@@ -96,6 +100,8 @@ class SimilarityLossConfig:
 
     temperature: float = 0.05
     weight: float = 0.04
+    normalize: bool = False  # divide by the number of pairs, which grows with the batch
+    angle_weight: float = 0.0  # weight of the AnglE term
 
 
 @config_dataclass
@@ -112,6 +118,8 @@ class LossConfig:
     """One loss per task type, each the mean over the prefixes `dims`."""
 
     dims: tuple[int, ...] = (256, 512, 768, 1024, 1280, 1536, 1792)  # Matryoshka prefixes
+    block_size: int = 4096  # texts that a query is compared with at a time; 0: all
+    circle_margin: float | None = None  # circle loss with this margin in place of all softmaxes
     retrieval: RetrievalLossConfig = dataclasses.field(default_factory=RetrievalLossConfig)
     similarity: SimilarityLossConfig = dataclasses.field(default_factory=SimilarityLossConfig)
     classification: ClassificationLossConfig = dataclasses.field(
@@ -140,8 +148,17 @@ class DataConfig:
     datasets: tuple[DatasetConfig, ...] = ()
     query_max_length: int = 64  # tokens of a query, with the special ones
     max_length: int = 512  # tokens of every other text
+    positives: int = 1  # drawn per row and step, if it lists several
     negatives: int = 1  # hard negatives per row and step
     prepared_dir: str = ""  # empty: WORKDIR/prepared
+
+
+@config_dataclass
+class TrainConfig:
+    """How a step is computed."""
+
+    # Chunks of packed rows encoded one after the other (gradient caching): same step, less memory.
+    micro_batches: int = 1
 
 
 @config_dataclass
@@ -188,6 +205,7 @@ class Config:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -196,7 +214,8 @@ class Config:
 
 # Fields that may differ between the runs of one workdir: they don't change what is learnt.
 _FREE_FIELDS = re.compile(
-    r"checkpoint\..*|log\..*|eval\..*|mesh\..*|data\.prepared_dir|model\.remat"
+    r"checkpoint\..*|log\..*|eval\..*|mesh\..*|train\..*|data\.prepared_dir|model\.remat"
+    r"|loss\.block_size"
 )
 
 
@@ -205,8 +224,8 @@ def validate(config: Config) -> None:
 
     Lists are taken for tuples, in place; nothing else is changed.
     """
-    for node in filter(dataclasses.is_dataclass, (config.data, config.eval, config.loss,
-                                                  config.model)):  # fmt: skip
+    nodes = (config.data, config.eval, config.loss, config.model)
+    for node in filter(dataclasses.is_dataclass, (*nodes, getattr(config.loss, "retrieval", None))):
         for item in dataclasses.fields(node):
             if isinstance(getattr(node, item.name), list):
                 setattr(node, item.name, tuple(getattr(node, item.name)))
@@ -271,6 +290,17 @@ def validate(config: Config) -> None:
     one_of("loss.retrieval.candidates", "all", "own_positive")
     one_of("loss.retrieval.duplicates", "once", "count")
     positive("loss.classification.max_negatives")
+    terms = config.loss.retrieval.terms
+    require(terms[:1] == ("qd",) and len(set(terms)) == len(terms)
+            and set(terms) <= {"qd", "qq", "dq", "dd"},
+            "loss.retrieval.terms", "'qd', then any of 'qq', 'dq', 'dd'")  # fmt: skip
+    not_negative("loss.block_size", "loss.retrieval.hardness", "loss.retrieval.spread_out",
+                 "loss.similarity.angle_weight")  # fmt: skip
+    require(not config.loss.similarity.angle_weight or not any(d % 2 for d in dims), "loss.dims",
+            "even where loss.similarity.angle_weight is set")  # fmt: skip
+    for field in ("loss.retrieval.false_negative_margin", "loss.circle_margin"):
+        value = get(config, field)
+        require(value is None or 0 <= value < 2, field, "None or in [0, 2)")
 
     positive("optim.learning_rate", "optim.eps")
     one_of("optim.schedule", "cosine", "linear", "constant")
@@ -297,6 +327,7 @@ def validate(config: Config) -> None:
             require(get(config, limit) <= model.max_positions, limit,
                     f"at most model.max_positions = {model.max_positions}")  # fmt: skip
     not_negative("data.negatives")
+    positive("data.positives", "train.micro_batches")
 
     sizes = dataclasses.asdict(config.mesh)
     for axis, size in sizes.items():

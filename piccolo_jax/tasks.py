@@ -41,11 +41,12 @@ class Task:
 def _draw_retrieval(
     columns: Columns, rows: np.ndarray, rng: np.random.Generator, config: Config
 ) -> Arrays:
-    positive, _ = draw_members(columns["positives"], rows, 1, rng)
+    positive, positive_keep = draw_members(columns["positives"], rows, config.data.positives, rng)
     negative, negative_keep = draw_members(columns["negatives"], rows, config.data.negatives, rng)
     return {
         "query": columns["query"][rows],
-        "positive": positive[:, 0],
+        "positive": positive,
+        "positive_keep": positive_keep,
         "negative": negative,
         "negative_keep": negative_keep,
     }
@@ -59,10 +60,17 @@ def _retrieval_loss(embeddings: Any, batch: Batch, config: LossConfig) -> losses
         batch["positive"],
         batch["negative"],
         batch["negative_keep"],
+        batch["positive_keep"],
         dims=config.dims,
         temperature=c.temperature,
         candidates=c.candidates,
         duplicates=c.duplicates,
+        terms=c.terms,
+        false_negative_margin=c.false_negative_margin,
+        hardness=c.hardness,
+        circle_margin=config.circle_margin,
+        spread_out=c.spread_out,
+        block_size=config.block_size,
     )
     return c.weight * loss, metrics
 
@@ -86,6 +94,9 @@ def _similarity_loss(embeddings: Any, batch: Batch, config: LossConfig) -> losse
         batch["score"],
         dims=config.dims,
         temperature=c.temperature,
+        normalize=c.normalize,
+        angle_weight=c.angle_weight,
+        circle_margin=config.circle_margin,
     )
     return c.weight * loss, metrics
 
@@ -139,6 +150,7 @@ def _classification_loss(embeddings: Any, batch: Batch, config: LossConfig) -> l
         batch["other_labels_keep"],
         dims=config.dims,
         temperature=c.temperature,
+        circle_margin=config.circle_margin,
     )
     return c.weight * loss, metrics
 

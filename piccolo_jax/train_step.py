@@ -35,7 +35,8 @@ def make_step(
                 params,
                 optim.frozen(params, config.model.freeze),
             )
-            return task.loss(encode(model, params, batch, dropout), batch, config.loss)
+            embeddings = encode(model, params, batch, dropout, config.train.micro_batches)
+            return task.loss(embeddings, batch, config.loss)
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -4,6 +4,7 @@
 
 OUT.npz holds MESH/TASK/STEP/METRIC, and per parameter MESH/TASK/grads/PATH of the first step and
 MESH/TASK/params/PATH after the last; MESH/random/params/PATH are weights drawn by the seed.
+CHUNKS/MESH/TASK/PATH are loss and gradients with dropout, encoded in so many chunks.
 """
 
 import sys
@@ -17,11 +18,14 @@ import tiny
 from piccolo_jax import build, optim, sharding
 from piccolo_jax.config import MeshConfig
 from piccolo_jax.data.loader import Batches
+from piccolo_jax.models.embedder import encode
 from piccolo_jax.tasks import TASKS
 from piccolo_jax.train_step import CompiledSteps
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2))
 RANDOM = ((1, 1, 1), (2, 2, 2))
+CHUNKED = ((1, 1, 1), (2, 2, 2))
+CHUNKS = (1, 4)
 
 
 def recording(optimizer):
@@ -39,6 +43,8 @@ def main(out):
         config = tiny.config(mesh=MeshConfig(*sizes))
         # Where a gradient is 0 but for rounding, Adam's steps would be rounding made large.
         config.optim.eps = 1e-3
+        # At 1e-2 the gradient falls from 200 to 0.1: a difference of large terms, and of rounding.
+        config.optim.learning_rate = 1e-3
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(sizes))])
         model = tiny.embedder(layers=4, row_chunk=1)
         shardings = build.param_shardings(model, mesh)
@@ -67,7 +73,41 @@ def main(out):
                 if step == 0:
                     arrays |= flat(f"{name}/grads", state.opt_state[0])
             arrays |= flat(f"{name}/params", state.params)
+    # Without optimisations a matrix product adds up one by one, which costs a digit.
+    jax.config.update("jax_disable_most_optimizations", False)
+    for sizes in CHUNKED:
+        arrays |= chunked(sizes)
     np.savez(out, **arrays)
+
+
+def chunked(sizes):
+    """Loss and gradients of a step with dropout, in chunks and whole."""
+    config, model = tiny.config(), tiny.embedder(dropout=0.2, row_chunk=1)
+    config.train.micro_batches = max(CHUNKS)
+    for loss in (config.loss.retrieval, config.loss.similarity, config.loss.classification):
+        loss.temperature = 0.2  # divides the rounding of cosines, which is no matter of chunks
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    params = jax.tree.map(jax.device_put, tiny.params(model), build.param_shardings(model, mesh))
+    arrays = {}
+    for task in TASKS:
+        # 39 rows: every device has several packed rows.
+        config.batch_size = 13 if sizes == (1, 1, 1) else 39
+        batch = Batches(
+            config, [tiny.dataset(task)], TASKS, 32,
+            sharding.batch_shards_of(mesh), sharding.local_shards(mesh),
+        ).at(0)  # fmt: skip
+        values = sharding.global_batch(mesh, batch.sharded, batch.replicated)
+        for chunks in CHUNKS:
+
+            def loss(params, chunks=chunks, values=values, task=task):
+                embeddings = encode(model, params, values, jax.random.key(3), chunks)
+                return TASKS[task].loss(embeddings, values, config.loss)[0]
+
+            with jax.set_mesh(mesh):
+                value, grads = jax.jit(jax.value_and_grad(loss))(params)
+            name = f"{chunks}/{'x'.join(map(str, sizes))}/{task}"
+            arrays |= {f"{name}/loss": value} | flat(name, grads)
+    return arrays
 
 
 def flat(name, tree):

@@ -103,12 +103,11 @@ target = rng.normal(size=(N, 20)).astype(np.float32)
 init = lambda: model.init(jax.random.key(0), *arrays, num_segments=S)["params"]
 abstract = jax.eval_shape(init)
 
-def embed(params, arrays, deterministic=True):
-    return model.apply({"params": params}, *arrays, num_segments=S, deterministic=deterministic,
-                       rngs={"dropout": jax.random.key(1)})
+def embed(params, arrays, key=None):
+    return model.apply({"params": params}, *arrays, num_segments=S, dropout=key)
 
 def loss(params, arrays):
-    embeddings = embed(params, arrays, deterministic=False)
+    embeddings = embed(params, arrays, jax.random.key(1))
     return (embeddings[: len(target)] * target).sum() / N, embeddings
 
 step = jax.value_and_grad(loss, has_aux=True)

@@ -88,11 +88,26 @@ def test_retrieval_draws_one_positive_and_the_configured_negatives():
     for seed in range(20):
         arrays = draw("retrieval", columns, [0, 2, 1], seed, config)
         assert arrays["query"].tolist() == [10, 12, 11]
-        assert arrays["positive"][1:].tolist() == [23, 22]
+        assert arrays["positive"][1:].tolist() == [[23], [22]]
+        assert arrays["positive_keep"].all()
         assert arrays["negative_keep"].tolist() == [[True, True], [True, False], [False, False]]
         assert arrays["negative"][1, 0] == 33
-        positives.add(int(arrays["positive"][0]))
+        positives.add(int(arrays["positive"][0, 0]))
     assert positives == {20, 21}
+
+
+def test_retrieval_draws_as_many_positives_as_asked_for():
+    columns = {
+        "query": np.asarray([10, 11]),
+        "positives": ragged([20, 21, 22], [23]),
+        "negatives": ragged([], []),
+    }
+    config = Config()
+    config.data.positives = 2
+    arrays = draw("retrieval", columns, [0, 1], 0, config)
+    assert arrays["positive_keep"].tolist() == [[True, True], [True, False]]
+    assert len(set(arrays["positive"][0].tolist())) == 2
+    assert arrays["positive"][1, 0] == 23
 
 
 def test_similarity_takes_rows_as_they_are():

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from mesh_steps import MESHES
+from mesh_steps import CHUNKED, CHUNKS, MESHES
 
 from piccolo_jax import build, losses, optim, sharding, tasks
 from piccolo_jax.config import LossConfig, MeshConfig
@@ -32,7 +32,8 @@ KEEP = np.array([[1, 1], [1, 0], [0, 0], [0, 1]], bool)
 BATCHES = {
     "retrieval": {
         "query": np.array([0, 1, 2, 3]),
-        "positive": np.array([4, 5, 6, 5]),
+        "positive": np.array([[4], [5], [6], [5]]),
+        "positive_keep": np.ones((4, 1), bool),
         "negative": np.array([[7, 8], [6, 0], [0, 0], [0, 9]]),
         "negative_keep": KEEP,
     },
@@ -201,6 +202,27 @@ def test_eight_devices_give_what_one_gives(on_meshes, mesh, task):
         else:
             scale = np.abs(expected).max()
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("task", BATCHES)
+@pytest.mark.parametrize("mesh", ["x".join(map(str, sizes)) for sizes in CHUNKED])
+@pytest.mark.parametrize("chunks", CHUNKS[1:])
+def test_chunks_of_rows_give_the_loss_and_gradients_of_the_whole(on_meshes, chunks, mesh, task):
+    # With dropout. The norm of the difference, relative; and each array as between meshes.
+    arrays, _ = on_meshes
+    whole = {name: a for name, a in arrays.items() if name.startswith(f"1/{mesh}/{task}/")}
+    assert len(whole) > 20
+    difference = total = 0.0
+    for name, expected in whole.items():
+        actual = arrays[f"{chunks}{name[1:]}"]
+        scale = np.abs(expected).max()
+        if name.endswith("layers/key/bias"):  # 0 but for rounding
+            scale = np.abs(arrays[name.replace("key", "query")]).max()
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale, err_msg=name)
+        if not name.endswith("/loss"):
+            difference += ((actual - expected) ** 2).sum()
+            total += (expected**2).sum()
+    assert difference**0.5 < 1e-6 * total**0.5
 
 
 def test_random_weights_are_the_same_on_any_mesh(on_meshes):

@@ -56,7 +56,8 @@ class Batches:
       tasks: the TASKS table; hidden_size: of the model, which weighs attention against products.
       shards: parts into which rows and texts are split; local_shards: those of this process.
 
-    Raises UserError if a dataset has fewer rows than a batch.
+    Raises UserError if a dataset has fewer rows than a batch, or its batches fewer packed rows than
+    config.train.micro_batches.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Batches:
         lengths = store.lengths[texts]
         planned = self.plans[dataset].shape
         layout = packing.plan_layout(lengths, planned.length, self._shards)
-        shape = _smallest_fitting(planned, layout)
+        shape = _smallest_fitting(planned, layout, self._config.train.micro_batches)
         index = packing.text_index(layout, shape)
         text_arrays = self._tasks[store.task].text_arrays
         sharded = packing.fill(
@@ -151,14 +152,25 @@ class Batches:
         lengths = [self.stores[dataset].lengths[texts] for texts in batches]
         tokens = float(np.mean([n.sum() for n in lengths]))
         longest = self.stores[dataset].manifest["longest_tokens"]
-        choices = []
+        chunks = self._config.train.micro_batches
+        choices, most = [], 0
         for length in [n for n in _ROW_LENGTHS if n >= longest][:3] or [longest]:
             layouts = [packing.plan_layout(n, length, self._shards) for n in lengths]
-            rows = _round_up(max(layout.rows_needed for layout in layouts))
+            needed = max(layout.rows_needed for layout in layouts)
+            most = max(most, needed)
+            if needed < chunks:
+                continue
+            rows = _round_up(needed, chunks)
             texts = _round_up(max(layout.texts_needed for layout in layouts))
             cost = rows * length * (6 * hidden_size + length)
             fill = tokens / (self._shards * rows * length)
             choices.append((cost, Plan(packing.Shape(length=length, rows=rows, texts=texts), fill)))
+        if not choices:
+            raise UserError(
+                f"config.train.micro_batches = {chunks}: a batch of dataset"
+                f" {self.stores[dataset].name} fills only {most} rows on a device, which are not"
+                f" that many chunks; make it at most {most}, or config.batch_size larger"
+            )
         return min(choices, key=lambda choice: choice[0])[1]
 
 
@@ -166,16 +178,20 @@ def _planned_batches(config: Config) -> int:
     return max(4, min(32, 2**16 // config.batch_size))
 
 
-def _round_up(n: int) -> int:
-    """To four significant bits: at most an eighth more, so that datasets may share a shape."""
-    unit = 2 ** max(n.bit_length() - 4, 0)
-    return math.ceil(n / unit) * unit
+def _round_up(n: int, multiple: int = 1) -> int:
+    """To four significant bits of `multiple`s: an eighth more, so that datasets share shapes."""
+    units = math.ceil(n / multiple)
+    unit = 2 ** max(units.bit_length() - 4, 0)
+    return math.ceil(units / unit) * unit * multiple
 
 
-def _smallest_fitting(planned: packing.Shape, layout: packing.Layout) -> packing.Shape:
+def _smallest_fitting(planned: packing.Shape, layout: packing.Layout, chunks: int) -> packing.Shape:
     """The planned shape, or the first of a geometric ladder above it that holds the layout."""
     shape = planned
     while shape.rows < layout.rows_needed or shape.texts < layout.texts_needed:
-        rows, texts = (_round_up(math.ceil(n * _GROWTH)) for n in (shape.rows, shape.texts))
-        shape = dataclasses.replace(shape, rows=rows, texts=texts)
+        shape = dataclasses.replace(
+            shape,
+            rows=_round_up(math.ceil(shape.rows * _GROWTH), chunks),
+            texts=_round_up(math.ceil(shape.texts * _GROWTH)),
+        )
     return shape

@@ -58,31 +58,66 @@ class Embedder(nn.Module):
         text_slots: Int[Array, " N"],
         *,
         num_segments: int,
-        deterministic: bool = True,
+        dropout: Array | None = None,
+        micro_batches: int = 1,
     ) -> Float[Array, "N D"]:
         """Embeddings in float32, not normalised, of the texts at `text_slots`.
 
+        `dropout` is the key of its random numbers; None: without.
+
         A slot is row * num_segments + segment - 1. All arrays are global; R and N are each split
         evenly over batch_shards() shards, and the slots of a shard point at rows of that shard.
+
+        micro_batches > 1 encodes that many chunks of each shard's rows one after the other and
+        forgets all but their texts' pooled states, so that the backward pass encodes them again:
+        gradient caching (arXiv 2101.06983). The same embeddings and gradients, in the memory of one
+        chunk. Raises ValueError if the rows of a shard can't be split so.
         """
         encoder = BACKBONES[self.backbone.model_type].encoder(
             self.backbone, self.dtype, self.remat, self.row_chunk, name="backbone"
         )
-        hidden = encoder(tokens, segments, positions, deterministic=deterministic)
-        weights = pooling_weights(segments, self.pooling, num_segments)
-        grid = jnp.einsum(
-            "rsl,rlh->rsh", weights, hidden.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
-        x = _take_texts(constrain(grid, BATCH_AXES, None, None), text_slots)
+
+        def pool(
+            encoder: nn.Module, pooled: jax.Array, chunk: tuple[jax.Array, ...]
+        ) -> tuple[jax.Array, None]:
+            tokens, segments, positions, rows = chunk
+            hidden = encoder(tokens, segments, positions, rows, dropout)
+            weights = pooling_weights(segments, self.pooling, num_segments)
+            grid = jnp.einsum(
+                "rsl,rlh->rsh",
+                weights,
+                hidden.astype(jnp.float32),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            grid = constrain(grid, BATCH_AXES, None, None)
+            return _take_texts(grid, rows, text_slots, len(all_rows), pooled), None
+
+        all_rows = jnp.arange(len(tokens), dtype=text_slots.dtype)
+        arrays = (tokens, segments, positions, all_rows)
+        x = constrain(jnp.zeros((text_slots.size, self.backbone.hidden_size)), BATCH_AXES, None)
+        if micro_batches == 1:
+            x, _ = pool(encoder, x, arrays)
+        else:
+            chunks = [_in_chunks(array, micro_batches) for array in arrays]
+            in_turn = nn.scan(
+                nn.remat(pool, prevent_cse=False),
+                variable_broadcast="params",
+                split_rngs={"params": False},
+            )
+            x, _ = in_turn(encoder, x, tuple(chunks))
         if self.embed_dim:
             x = nn.Dense(self.embed_dim, precision=jax.lax.Precision.HIGHEST, name="scaling")(x)
         return constrain(x, BATCH_AXES, None)
 
 
 def encode(
-    model: Embedder, params: Params, batch: Batch, dropout: jax.Array | None = None
+    model: Embedder,
+    params: Params,
+    batch: Batch,
+    dropout: jax.Array | None = None,
+    micro_batches: int = 1,
 ) -> Float[Array, "N D"]:
-    """Embeddings of a batch's texts; `dropout` is the key of its random numbers (None: without)."""
+    """Embeddings of a batch's texts; see Embedder."""
     embeddings = model.apply(
         {"params": params},
         batch["tokens"],
@@ -90,8 +125,8 @@ def encode(
         batch["positions"],
         batch["text_slots"],
         num_segments=num_segments(batch["tokens"].shape[1]),
-        deterministic=dropout is None,
-        rngs=None if dropout is None else {"dropout": dropout},
+        dropout=dropout,
+        micro_batches=micro_batches,
     )
     return cast(jax.Array, embeddings)
 
@@ -117,17 +152,37 @@ def pooling_weights(
     return (member & ~other).astype(jnp.float32)
 
 
-def _take_texts(grid: Float[Array, "R S H"], text_slots: Int[Array, " N"]) -> Float[Array, "N H"]:
-    """Rows of the grid at flat indices, each shard from its own part so that nothing moves."""
-    rows, num_segments, hidden = grid.shape
+def _in_chunks(array: Array, chunks: int) -> Array:
+    """[R, ...] to [chunks, R / chunks, ...]: to each chunk the same part of every shard's rows."""
     shards = batch_shards()
-    if rows % shards or text_slots.size % shards:
+    if len(array) % (shards * chunks):
+        raise ValueError(f"{len(array)} rows on {shards} shards are not {chunks} equal chunks")
+    array = array.reshape(shards, chunks, -1, *array.shape[1:])
+    array = jnp.moveaxis(array, 1, 0)
+    array = array.reshape(chunks, -1, *array.shape[3:])
+    return constrain(array, None, BATCH_AXES, *[None] * (array.ndim - 2))
+
+
+def _take_texts(
+    grid: Float[Array, "r S H"],
+    rows: Int[Array, " r"],
+    text_slots: Int[Array, " N"],
+    num_rows: int,
+    pooled: Float[Array, "N H"],
+) -> Float[Array, "N H"]:
+    """`pooled`, with the texts whose slots lie in the grid's rows taken from it.
+
+    Each shard takes from its own part, so that nothing moves. `rows` are the numbers of the grid's
+    rows among `num_rows`, consecutive within a shard.
+    """
+    _, num_segments, hidden = grid.shape
+    shards = batch_shards()
+    if num_rows % shards or text_slots.size % shards:
         shards = 1
-    part = rows // shards * num_segments
-    local = constrain(grid.reshape(shards, part, hidden), BATCH_AXES, None, None)
+    local = constrain(grid.reshape(shards, -1, hidden), BATCH_AXES, None, None)
     slots = constrain(text_slots.reshape(shards, -1), BATCH_AXES, None)
-    slots = slots - part * jnp.arange(shards, dtype=slots.dtype)[:, None]
-    # clip: an unused slot may point anywhere, and must not bring in a NaN.
+    slots = slots - rows.reshape(shards, -1)[:, :1] * num_segments
     x = jnp.take_along_axis(local, slots[..., None], axis=1, mode="clip")
-    x = constrain(x, BATCH_AXES, None, None)
-    return constrain(x.reshape(-1, hidden), BATCH_AXES, None)
+    x = constrain(x, BATCH_AXES, None, None).reshape(-1, hidden)
+    inside = ((slots >= 0) & (slots < local.shape[1])).reshape(-1, 1)
+    return constrain(jnp.where(inside, x, pooled), BATCH_AXES, None)

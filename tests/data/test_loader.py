@@ -86,10 +86,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batches(folder, tokenizer):
-    """batches(*tasks, shards=1, local=None, **fields of DataConfig) -> Batches"""
+    """batches(*tasks, shards=1, local=None, chunks=1, **fields of DataConfig) -> Batches"""
 
-    def make(*tasks, shards=1, local=None, seed=0, **fields):
+    def make(*tasks, shards=1, local=None, seed=0, chunks=1, **fields):
         config = make_config(folder, tasks, seed)
+        config.train.micro_batches = chunks
         config.data = dataclasses.replace(config.data, **fields)
         datasets = prepare_datasets(config, tokenizer, TASKS, folder / "prepared")
         return Batches(
@@ -141,7 +142,9 @@ def test_a_retrieval_batch_holds_the_rows_texts(batches, tokenizer, shards):
     for step in range(34):
         batch = all_batches.at(step)
         texts, arrays = read_texts(batch), batch.replicated
-        assert arrays.keys() == {"query", "positive", "negative", "negative_keep"}
+        assert arrays.keys() == {
+            "query", "positive", "positive_keep", "negative", "negative_keep",
+        }  # fmt: skip
         assert arrays["negative"].shape == arrays["negative_keep"].shape == (BATCH_SIZE, 2)
         used = {int(i) for name in ("query", "positive", "negative") for i in arrays[name].flat}
         assert len({texts[i] for i in used}) == len(used)  # each text is there once
@@ -154,10 +157,10 @@ def test_a_retrieval_batch_holds_the_rows_texts(batches, tokenizer, shards):
             negatives = [expected_tokens(tokenizer, t) for t in row["text_neg"]]
             keep = arrays["negative_keep"][i]
             chosen = [texts[j] for j in arrays["negative"][i][keep]]
-            assert texts[arrays["positive"][i]] in positives
+            assert texts[arrays["positive"][i, 0]] in positives
             assert len(set(chosen)) == len(chosen) == min(2, len(negatives))
             assert set(chosen) <= set(negatives)
-            drawn.update((row["text"], texts[arrays["positive"][i]], t) for t in chosen)
+            drawn.update((row["text"], texts[arrays["positive"][i, 0]], t) for t in chosen)
     assert len(seen) == 10 * len(rows)  # ten epochs, each with every row
     for epoch in range(10):
         assert len(set(seen[34 * epoch : 34 * (epoch + 1)])) == 34
@@ -295,7 +298,7 @@ def test_no_negatives_leave_an_empty_axis(batches):
     batch = batches("retrieval", negatives=0, shards=3).at(0)
     assert batch.replicated["negative"].shape == (BATCH_SIZE, 0)
     assert batch.replicated["negative_keep"].shape == (BATCH_SIZE, 0)
-    texts = {*batch.replicated["query"], *batch.replicated["positive"]}
+    texts = {*batch.replicated["query"], *batch.replicated["positive"].flat}
     assert batch.num_tokens == sum(len(read_texts(batch)[i]) for i in texts)
 
 
@@ -304,7 +307,7 @@ def test_masked_entries_point_at_a_text_of_the_batch_and_cost_none(batches):
     texts, arrays = read_texts(batch), batch.replicated
     keep = arrays["negative_keep"]
     assert not keep.all()
-    used = {*arrays["query"], *arrays["positive"], *arrays["negative"][keep]}
+    used = {*arrays["query"], *arrays["positive"].flat, *arrays["negative"][keep]}
     assert set(arrays["negative"][~keep]) <= used
     assert batch.num_tokens == sum(len(texts[i]) for i in used)
 
@@ -345,8 +348,8 @@ def test_a_batch_beyond_the_plan_gets_the_next_shape_of_a_ladder(batches):
     assert after.shape.length == before.shape.length
     texts, expected = read_texts(after), read_texts(before)
     for name in ("query", "positive"):
-        assert [texts[i] for i in after.replicated[name]] == [
-            expected[i] for i in before.replicated[name]
+        assert [texts[i] for i in after.replicated[name].flat] == [
+            expected[i] for i in before.replicated[name].flat
         ]
 
 
@@ -354,7 +357,7 @@ def test_the_ladder_of_shapes_is_short_and_grows_by_a_bounded_factor():
     planned = Shape(length=64, rows=20, texts=100)
     need = dataclasses.make_dataclass("Need", ["rows_needed", "texts_needed"])
     needs = [need(rows, texts) for rows in range(1, 2000, 7) for texts in range(1, 9000, 501)]
-    shapes = [loader._smallest_fitting(planned, n) for n in needs]
+    shapes = [loader._smallest_fitting(planned, n, 1) for n in needs]
     for shape, n in zip(shapes, needs, strict=True):
         assert shape.rows >= n.rows_needed
         assert shape.texts >= n.texts_needed
@@ -372,6 +375,16 @@ def test_rounded_sizes_are_few_and_at_most_an_eighth_too_large():
     assert all(n <= size <= 1.125 * n for n, size in enumerate(sizes, 1))
     assert sizes[:16] == list(range(1, 17))
     assert len(set(sizes)) < 100
+
+
+def test_rows_come_in_equal_chunks_or_the_run_is_refused(batches):
+    for chunks in (3, 4):
+        chunked = batches("retrieval", chunks=chunks)
+        assert chunked.plans[0].shape.rows % chunks == 0
+        chunked.plans[0] = loader.Plan(Shape(length=128, rows=chunks, texts=7), 1.0)
+        assert all(chunked.at(step).shape.rows % chunks == 0 for step in range(5))
+    with pytest.raises(UserError, match=r"train\.micro_batches = 1000: .* make it at most \d+, or"):
+        batches("retrieval", chunks=1000)
 
 
 def test_rows_are_as_long_as_the_longest_text_of_the_dataset(batches):

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from piccolo_jax.errors import UserError
-from piccolo_jax.models.bert import BertConfig, BertEncoder
+from piccolo_jax.models.bert import BertConfig, BertEncoder, dropout
 from piccolo_jax.models.pretrained import load_params, read_spec
 
 SIZES = {
@@ -126,10 +126,9 @@ def loss():
     arrays, _ = packed(texts, 16, [[0, 1], [2], [], [3], []])
     target = jnp.asarray(rng.normal(size=(5, 16, 32)), jnp.float32)
 
-    def loss(params, deterministic=True, config=TINY, **options):
-        hidden = BertEncoder(config, **options).apply(
-            params, *arrays, deterministic=deterministic, rngs={"dropout": jax.random.key(1)}
-        )
+    def loss(params, dropout=False, config=TINY, **options):
+        key = jax.random.key(1) if dropout else None
+        hidden = BertEncoder(config, **options).apply(params, *arrays, key=key)
         return jnp.where(arrays[1][..., None] > 0, hidden * target, 0).sum()
 
     return loss
@@ -142,7 +141,7 @@ def plain(loss, params):
 
 def value_and_grad(loss, params, **options):
     """With dropout, whose numbers must not depend on the options either."""
-    function = functools.partial(loss, deterministic=False, **options)
+    function = functools.partial(loss, dropout=True, **options)
     return jax.jit(jax.value_and_grad(function))(params)
 
 
@@ -175,15 +174,56 @@ def test_gradients_are_finite_and_reach_every_parameter_that_is_used(plain):
 
 
 def test_dropout_of_each_kind_acts_in_training_only(loss, params):
-    loss = jax.jit(loss, static_argnames=("deterministic", "config"))
+    loss = jax.jit(loss, static_argnames=("dropout", "config"))
     still = loss(params, config=TINY)
     none = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
     config = dataclasses.replace(TINY, **none)
-    assert loss(params, deterministic=False, config=config) == still
+    assert loss(params, dropout=True, config=config) == still
     for field in none:
         config = dataclasses.replace(TINY, **{**none, field: 0.5})
-        assert loss(params, deterministic=True, config=config) == still
-        assert abs(loss(params, deterministic=False, config=config) - still) > 1e-3
+        assert loss(params, dropout=False, config=config) == still
+        assert abs(loss(params, dropout=True, config=config) - still) > 1e-3
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+    x = jnp.ones((64, 40, 50))
+    for rate in (0.1, 0.5):
+        y = np.asarray(
+            jax.jit(dropout, static_argnums=1)(x, rate, jax.random.key(0), jnp.arange(64))
+        )
+        assert set(np.unique(y)) == {0, np.float32(1) / np.float32(1 - rate)}
+        # 5 standard deviations of a share of independent draws: of all, of a row, of a place.
+        for axes, count in (((0, 1, 2), x.size), ((1, 2), 2000), (0, 64)):
+            off = np.abs((y == 0).mean(axes) - rate)
+            assert off.max() < 5 * np.sqrt(rate * (1 - rate) / count)
+
+
+def test_dropout_of_rows_places_and_keys_is_independent():
+    x = jnp.ones((2, 100_000))
+
+    def zeros(seed, rows=(0, 1)):
+        return np.asarray(dropout(x, 0.5, jax.random.key(seed), jnp.array(rows))) == 0
+
+    first = zeros(0)
+    pairs = {
+        "rows": (first[0], first[1]),
+        "distant rows": (first[0], zeros(0, (2**20, 3))[0]),
+        "keys": (first[0], zeros(1)[0]),
+        "neighbours": (first[0, 1:], first[0, :-1]),
+        "even and odd places": (first[0, ::2], first[0, 1::2]),
+        "halves": (first[0, :50_000], first[0, 50_000:]),
+    }
+    for name, (a, b) in pairs.items():
+        # The share of equal bits lies within 5 standard deviations of a half.
+        assert abs((a == b).mean() - 0.5) < 5 * 0.5 / np.sqrt(a.size), name
+
+
+def test_a_row_keeps_its_dropout_in_any_company():
+    x, key = jnp.ones((6, 32)), jax.random.key(2)
+    whole = dropout(x, 0.3, key, jnp.arange(6))
+    np.testing.assert_array_equal(
+        dropout(x[:2], 0.3, key, jnp.array([4, 1])), whole[jnp.array([4, 1])]
+    )
 
 
 def test_bfloat16_products_stay_near_float32_and_gradients_are_float32(loss, params, plain):
