@@ -42,6 +42,21 @@ def test_the_defaults_are_the_published_recipe():
     assert c.model.freeze == ("position_embeddings",)
 
 
+def test_what_is_not_the_recipe_is_off():
+    c = Config()
+    r, s = c.loss.retrieval, c.loss.similarity
+    assert (r.duplicates, r.terms, r.false_negative_margin) == ("once", ("qd",), None)
+    assert (r.hardness, r.spread_out, s.normalize, s.angle_weight) == (0, 0, False, 0)
+    assert (c.loss.circle_margin, c.data.positives, c.train.micro_batches) == (None, 1, 1)
+
+
+def test_angles_need_even_prefixes():
+    config = usable()
+    config.loss.dims, config.loss.similarity.angle_weight = (7, 256), 0.5
+    with pytest.raises(UserError, match=r"config\.loss\.dims = .*even where .*angle_weight"):
+        config_lib.validate(config)
+
+
 @pytest.mark.parametrize("name", ["base", "quickstart"])
 def test_the_configs_that_ship_are_valid(name):
     path = Path(__file__).resolve().parents[1] / "configs" / f"{name}.py"
@@ -70,6 +85,17 @@ def test_the_configs_that_ship_are_valid(name):
         ("model.remat", "all", "'full'"),
         ("model.freeze", ("(",), "regular expressions"),
         ("model.freeze", "position", "tuple"),
+        ("loss.block_size", -1, "0 or greater"),
+        ("loss.circle_margin", -0.1, "None or in [0, 2)"),
+        ("loss.retrieval.false_negative_margin", 2.0, "None or in [0, 2)"),
+        ("loss.retrieval.terms", (), "'qd', then any of"),
+        ("loss.retrieval.terms", ("qd", "xy"), "'qd', then any of"),
+        ("loss.retrieval.terms", ("qd", "qq", "qq"), "'qd', then any of"),
+        ("loss.retrieval.hardness", -1.0, "0 or greater"),
+        ("loss.retrieval.spread_out", -1.0, "0 or greater"),
+        ("loss.similarity.angle_weight", -1.0, "0 or greater"),
+        ("train.micro_batches", 0, "greater than 0"),
+        ("data.positives", 0, "greater than 0"),
         ("loss.dims", (), "at least one prefix"),
         ("loss.dims", (256, 256), "strictly increasing"),
         ("loss.dims", (512, 256), "strictly increasing"),
