@@ -30,9 +30,9 @@ class Logits(NamedTuple):
 def logits(temperature: float, circle_margin: float | None = None, hardness: float = 0.0) -> Logits:
     """Logits of the softmax losses, cosine / temperature, or of circle loss.
 
-    Circle loss (arXiv 2002.10857, eq. 4 and 8, with scale 1 / temperature) weighs each cosine by
+    Circle loss (arXiv 2002.10857, eq. 4, with scale 1 / temperature) weighs each cosine by
     its distance from the optimum, 1 + margin or -margin. `hardness` > 0 multiplies each negative by
-    exp(hardness * cosine), through which no gradient flows (arXiv 2509.20354, section 2.2).
+    exp(hardness * cosine), through which no gradient flows (arXiv 2509.20354).
     """
     stop = jax.lax.stop_gradient
     if circle_margin is None:
@@ -76,12 +76,12 @@ def info_nce(
       duplicates: a document that occurs several times in the batch enters the denominator "once",
         so it is never a negative of its own query; "count" enters each occurrence, as REF does.
       terms: what the denominator holds: "qd" the query with documents, "qq" with other queries,
-        "dq" the positive with other queries, "dd" with other documents (arXiv 2308.03281, eq. 3).
+        "dq" the positive with other queries, "dd" with other documents (arXiv 2308.03281).
       false_negative_margin: leaves out what is nearer than the positive (the farthest of several)
         by more than this, in cosine at full width (arXiv 2506.05176, eq. 1, with 0.1).
       hardness, circle_margin: see logits().
       spread_out: weight of the mean squared cosine of two queries plus that of two positives
-        (arXiv 1708.06320, eq. 4; arXiv 2509.20354).
+        (arXiv 1708.06320; arXiv 2509.20354).
       block_size: see nested_log_sum_exp().
 
     Returns: the loss; `accuracy`, the share of queries whose positive is nearest at full width;
@@ -168,8 +168,8 @@ def cosent(
       normalize: divides the sum by its number of pairs (i, j), so that the loss does not grow with
         the batch; the recipe doesn't.
       angle_weight: adds the same loss of the normalised parts of the quotient of the two vectors
-        read as complex, first half real and second half imaginary (AnglE, arXiv 2309.12871, eq. 6
-        to 8, with the sign of its authors' code: larger for pairs that score higher).
+        read as complex, first half real and second half imaginary (AnglE, arXiv 2309.12871, with
+        the sign of its authors' code: larger for pairs that score higher).
       circle_margin: see logits(); the pair that scores higher is the positive.
 
     Collectives: those of take(), and one all-gather of the similarities.
