@@ -328,7 +328,7 @@ def _say_model(parts: build.Parts, abstract_params: Any, mesh: Any) -> None:
     elif parts.scaling_init:
         scaling = f"its scaling layer to {model.embed_dim}"
     else:
-        scaling = f"a new scaling layer to {model.embed_dim}, drawn by the seed"
+        scaling = f"a new scaling layer to {model.embed_dim}, drawn by the seed (orthogonal)"
     say(
         f"{count / 1e6:.1f}M parameters: {source}, {scaling}, {model.pooling} pooling;"
         f" products in {np.dtype(model.dtype).name}; mesh {dict(mesh.shape)}"

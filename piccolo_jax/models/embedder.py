@@ -106,7 +106,14 @@ class Embedder(nn.Module):
             )
             x, _ = in_turn(encoder, x, tuple(chunks))
         if self.embed_dim:
-            x = nn.Dense(self.embed_dim, precision=jax.lax.Precision.HIGHEST, name="scaling")(x)
+            # Orthogonal: a new layer as wide as the backbone or wider starts with its cosines.
+            widening = max(1.0, self.embed_dim / self.backbone.hidden_size)
+            x = nn.Dense(
+                self.embed_dim,
+                precision=jax.lax.Precision.HIGHEST,
+                kernel_init=nn.initializers.orthogonal(widening**0.5),
+                name="scaling",
+            )(x)
         return constrain(x, BATCH_AXES, None)
 
 

@@ -81,3 +81,19 @@ def test_an_unused_slot_is_finite_wherever_it_points():
 def test_unknown_pooling_is_refused():
     with pytest.raises(ValueError, match="'max': must be one of mean, cls, last"):
         pooling_weights(SEGMENTS, "max", 3)
+
+
+def test_a_new_scaling_layer_keeps_the_cosines_of_the_backbone():
+    texts = [np.arange(3, 9), np.arange(5, 17), np.arange(40, 44)]
+    arrays = (*arrays_of(texts, [[0], [1], [2]], 12), np.arange(3, dtype=np.int32))
+    wide, bare = Embedder(TINY, embed_dim=72), Embedder(TINY)
+    params = wide.init(jax.random.key(0), *arrays, num_segments=1)["params"]
+
+    def cosines(model, params):
+        x = model.apply({"params": params}, *arrays, num_segments=1)
+        x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
+        return x @ x.T
+
+    expected = cosines(bare, {"backbone": params["backbone"]})
+    assert 1 - expected.min() > 0.01
+    np.testing.assert_allclose(cosines(wide, params), expected, atol=1e-5, rtol=0)
