@@ -84,9 +84,10 @@ def build(config: Config) -> Parts:
 
 
 def param_shardings(model: Embedder, mesh: Mesh) -> Any:
-    """A sharding per parameter."""
-    rules = embedder_rules(model.backbone.model_type)
-    return sharding.param_shardings(mesh, _shapes(model), rules)
+    """A sharding per parameter. Raises UserError if fsdp leaves too much of them whole."""
+    rules, shapes = embedder_rules(model.backbone.model_type), _shapes(model)
+    sharding.check_split(mesh, shapes, rules)
+    return sharding.param_shardings(mesh, shapes, rules)
 
 
 def abstract_params(model: Embedder, shardings: Any) -> Any:

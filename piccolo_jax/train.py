@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
     with distributed.agreed("starting"):
         parts = build.build(config)
         mesh = sharding.make_mesh(config.mesh)
+        shardings = build.param_shardings(parts.model, mesh)
         evals = open_datasets(config.eval.datasets)
         _check_workdir(workdir, config)
     if not distributed.sees_first(workdir):
@@ -69,7 +70,6 @@ def main(argv: list[str]) -> int:
     _say_datasets(batches, config)
 
     # State: new, or that of the last checkpoint.
-    shardings = build.param_shardings(parts.model, mesh)
     abstract_params = build.abstract_params(parts.model, shardings)
     optimizer = optim.make_optimizer(config, abstract_params)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
