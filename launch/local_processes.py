@@ -3,7 +3,7 @@
     python launch/local_processes.py --processes=2 --devices=4 -- --config=FILE --workdir=DIR
 
 What follows `--` goes to every process. The exit code is that of the first process that failed; the
-others have then a minute to end by themselves. SIGINT and SIGTERM are passed on to all.
+others have then 90 seconds to end by themselves. SIGINT and SIGTERM are passed on to all.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import time
 from types import FrameType
 
-_GRACE_SECONDS = 60
+_GRACE_SECONDS = 90  # more than JAX takes to end those that stay
 
 
 def main() -> int:
@@ -58,15 +58,16 @@ def _environment(address: str, processes: int, index: int, devices: int) -> dict
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     failed, deadline = 0, float("inf")
-    while any(process.poll() is None for process in processes):
-        if not failed:
-            failed = next((p.returncode for p in processes if p.returncode), 0)
-            deadline = time.monotonic() + _GRACE_SECONDS if failed else deadline
+    while None in (codes := [process.poll() for process in processes]) or not failed:
+        if not failed and any(codes):
+            failed = next(code for code in codes if code)
+            deadline = time.monotonic() + _GRACE_SECONDS
+        elif None not in codes:
+            break
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    failed = failed or next((p.returncode for p in processes if p.returncode), 0)
     return failed if failed >= 0 else 128 - failed
 
 

@@ -104,7 +104,7 @@ def make_params(parts: Parts, seed: int, shardings: Any) -> Params:
     loaded: dict[str, Any] = {}
     if parts.init:
         embed_dim = parts.model.embed_dim
-        loaded = pretrained.load_params(parts.init, parts.model.backbone, embed_dim)
+        loaded = pretrained.open_params(parts.init, parts.model.backbone, embed_dim)
     missing = {name: s for name, s in shardings.items() if name not in loaded}
     params = {
         name: jax.tree.map(sharding.place, tree, shardings[name]) for name, tree in loaded.items()

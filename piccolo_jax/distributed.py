@@ -6,11 +6,13 @@ With a single process everything here does nothing.
 import contextlib
 import hashlib
 import os
+import sys
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -21,7 +23,9 @@ from piccolo_jax.errors import UserError
 T = TypeVar("T")
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# A process that failed waits so long for the others, which then end too.
+# A process that has failed waits so long for others to fail alike, and leaves without them.
+_LEAVING_SECONDS = 45
+# So long after one process left, JAX ends those that stay.
 _SHUTDOWN_SECONDS = 60
 
 
@@ -51,6 +55,22 @@ def start() -> None:
             f"the processes of this run can't be joined ({reason}): set {_ADDRESS} to HOST:PORT of"
             f" process 0, {_COUNT} and {_INDEX}, or {_COUNT}=1 alone for a single process"
         ) from error
+
+
+def leave(code: int) -> NoReturn:
+    """Exits after an error: with the other processes if they do so too, else without them.
+
+    Those are then ended by JAX, from within a collective too, at the latest after a minute.
+    """
+    if jax.distributed.is_initialized():
+        leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leaving.start()
+        leaving.join(_LEAVING_SECONDS)
+        if leaving.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    sys.exit(code)
 
 
 def _integer(name: str) -> int | None:

@@ -185,9 +185,21 @@ def local_shards(mesh: Mesh) -> tuple[int, ...]:
     return tuple(sorted({range(shards)[index[0]][0] for index in slices if index is not None}))
 
 
-def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """The global array of `value`, which every process holds whole, in its sharding."""
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+def place(value: Any, sharding: NamedSharding) -> jax.Array:
+    """The global array of `value` in its sharding.
+
+    `value` has a shape and gives its parts by index, a slice per dimension; every process asks for
+    the parts of its own devices, and for each of them once.
+    """
+    parts: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def read(index: Any) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in parts:
+            parts[key] = value[index]
+        return parts[key]
+
+    return jax.make_array_from_callback(value.shape, sharding, read)
 
 
 def global_batch(

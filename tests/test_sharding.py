@@ -188,8 +188,8 @@ def test_a_model_that_fsdp_does_not_split_is_refused_with_what_would_do():
         build.param_shardings(model, jax.sharding.AbstractMesh((8, 8, 1), AXES))
     message = str(error.value)
     assert message.startswith("config.mesh.fsdp = 8: 1,298,574,784 of 1,298,574,784 bytes")
-    largest = 24 * 1020 * 4096 * 4
-    assert f"backbone/layers/intermediate/kernel ({largest:,} bytes), backbone/layers/out" in message
+    largest = f"backbone/layers/intermediate/kernel ({24 * 1020 * 4096 * 4:,} bytes)"
+    assert f"(config.model sizes): {largest}, backbone/layers/output/kernel" in message
     assert message.endswith("fsdp can be 1, 2, 4 for this model")
 
 
