@@ -3,7 +3,7 @@
     python launch/local_processes.py --processes=2 --devices=4 -- --config=FILE --workdir=DIR
 
 What follows `--` goes to every process. The exit code is that of the first process that failed; the
-others have then 90 seconds to end by themselves. SIGINT and SIGTERM are passed on to all.
+others have then 90 seconds to end by themselves. SIGTERM is passed on to all of them.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def main() -> int:
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
+    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all
     return _wait(processes)
 
 
@@ -58,17 +58,17 @@ def _environment(address: str, processes: int, index: int, devices: int) -> dict
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     failed, deadline = 0, float("inf")
-    while None in (codes := [process.poll() for process in processes]) or not failed:
+    while True:
+        codes = [process.poll() for process in processes]
         if not failed and any(codes):
             failed = next(code for code in codes if code)
             deadline = time.monotonic() + _GRACE_SECONDS
-        elif None not in codes:
-            break
+        if None not in codes:
+            return failed if failed >= 0 else 128 - failed
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    return failed if failed >= 0 else 128 - failed
 
 
 def _free_port() -> int:

@@ -116,7 +116,11 @@ def main(argv: list[str]) -> int:
     def program(batch: HostBatch, arrays: Any) -> Any:
         compiled, seconds = steps.get(batch.task, batch.shape, state, arrays)
         if seconds:
-            say(f"compiled {batch.task}, {_describe(batch)}, in {seconds:.1f} s")
+            rows = sharding.batch_shards_of(mesh) * batch.shape.rows
+            say(
+                f"compiled {batch.task}, {rows} rows of {batch.shape.length} tokens, in"
+                f" {seconds:.1f} s"
+            )
         return compiled
 
     for step in _first_uses(batches, first_step, config.total_steps):
@@ -283,27 +287,26 @@ def _stop_signal() -> Iterator[Any]:
         nonlocal received
         received = number
         signal.signal(number, before[signal.Signals(number)])
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if jax.process_count() > 1:  # JAX itself catches SIGTERM there, and agrees on a step
-        yield (
-            lambda step: (
-                int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
-            )
-        )
-        return
-    for number in before:
+    def stop_asked(step: int) -> int:
+        if several:
+            agreed = multihost_utils.reached_preemption_sync_point(step)
+            return int(signal.SIGTERM) if agreed else 0
+        return received
+
+    # Several processes must agree on a step: JAX catches SIGTERM, of any of them, and sees to that.
+    several = jax.process_count() > 1
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
         signal.signal(number, receive)
     try:
-        yield lambda step: received
+        yield stop_asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _describe(batch: HostBatch) -> str:
-    rows = batch.sharded["tokens"].shape[0]
-    return f"{rows} rows of {batch.shape.length} tokens"
 
 
 def _say_datasets(batches: Batches, config: Config) -> None:
