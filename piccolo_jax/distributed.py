@@ -39,7 +39,7 @@ def start() -> None:
     """
     count, index = _integer(_COUNT), _integer(_INDEX)
     named = os.environ.get(_ADDRESS) or index is not None
-    if count == 1 and not named:
+    if (count == 1 and not named) or jax.distributed.is_initialized():
         return
     try:
         with warnings.catch_warnings():
@@ -47,10 +47,10 @@ def start() -> None:
             jax.distributed.initialize(
                 num_processes=count, process_id=index, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
             )
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # of as many kinds as there are clusters
         if not named and count is None and "coordinator_address" in str(error):
             return  # no cluster here
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
             f"the processes of this run can't be joined ({reason}): set {_ADDRESS} to HOST:PORT of"
             f" process 0, {_COUNT} and {_INDEX}, or {_COUNT}=1 alone for a single process"

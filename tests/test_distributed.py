@@ -118,7 +118,7 @@ cli.run(main)
 """
 
 
-@pytest.mark.parametrize("variables", [{}, {"JAX_NUM_PROCESSES": "1"}])
+@pytest.mark.parametrize("variables", [{"JAX_NUM_PROCESSES": ""}, {"JAX_NUM_PROCESSES": "1"}])
 def test_a_single_process_needs_nothing(run_python, variables):
     assert run_python("-c", START, env=variables).stdout.split() == ["processes", "1", "0"]
 
@@ -129,7 +129,10 @@ def test_a_single_process_needs_nothing(run_python, variables):
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES = 'two': must be a number"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "can't be joined (coordinator_address"),
         ({"JAX_NUM_PROCESSES": "2"}, "can't be joined (coordinator_address"),
-        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "can't be joined (Number of processes"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": ""},
+            "can't be joined (Number of processes",
+        ),
         (
             {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2",
              "JAX_PROCESS_ID": "2"},
@@ -151,6 +154,7 @@ def test_the_tasks_of_a_slurm_step_find_each_other():
     slurm = {
         "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
         "SLURM_STEP_NUM_NODES": "1", "JAX_COORDINATOR_PORT": str(port),
+        "JAX_NUM_PROCESSES": "",
     }  # fmt: skip
     tasks = [
         subprocess.Popen(
