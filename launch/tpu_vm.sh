@@ -8,7 +8,7 @@
 # slices that were made as one queued resource, whose NAMEs are then given separated by commas.
 set -euo pipefail
 if [ $# -lt 4 ]; then
-  sed -n '2,8p' "$0"
+  sed -n '2,8s|^# \{0,1\}||p' "$0"
   exit 2
 fi
 names=$1 zone=$2 folder=$3

@@ -140,7 +140,7 @@ def first_then_rest(folder: Path, doing: str, work: Callable[[], T]) -> T:
 
     Process 0 goes first, and with it those that have another folder of that name; then the rest.
     """
-    with agreed(doing):
+    with contextlib.suppress(OSError):  # which `work` will meet too, and knows how to say
         folder.mkdir(parents=True, exist_ok=True)
     shared = sees_first(folder)
     first = jax.process_index() == 0 or not shared
