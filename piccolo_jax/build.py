@@ -84,9 +84,10 @@ def build(config: Config) -> Parts:
 
 
 def param_shardings(model: Embedder, mesh: Mesh) -> Any:
-    """A sharding per parameter."""
-    rules = embedder_rules(model.backbone.model_type)
-    return sharding.param_shardings(mesh, _shapes(model), rules)
+    """A sharding per parameter. Raises UserError if fsdp leaves too much of them whole."""
+    rules, shapes = embedder_rules(model.backbone.model_type), _shapes(model)
+    sharding.check_split(mesh, shapes, rules)
+    return sharding.param_shardings(mesh, shapes, rules)
 
 
 def abstract_params(model: Embedder, shardings: Any) -> Any:
@@ -103,7 +104,7 @@ def make_params(parts: Parts, seed: int, shardings: Any) -> Params:
     loaded: dict[str, Any] = {}
     if parts.init:
         embed_dim = parts.model.embed_dim
-        loaded = pretrained.load_params(parts.init, parts.model.backbone, embed_dim)
+        loaded = pretrained.open_params(parts.init, parts.model.backbone, embed_dim)
     missing = {name: s for name, s in shardings.items() if name not in loaded}
     params = {
         name: jax.tree.map(sharding.place, tree, shardings[name]) for name, tree in loaded.items()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import absl.logging
-import jax
 import orbax.checkpoint as ocp
 
 from piccolo_jax import config as config_lib
@@ -32,7 +31,7 @@ class Checkpoints:
         absl.logging.set_verbosity(absl.logging.FATAL)  # of orbax, which raises what it logs too
         self.directory = workdir.absolute() / DIRECTORY
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
-        if keep is not None and jax.process_index() == 0:
+        if keep is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 

@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from piccolo_jax import config as config_lib
+from piccolo_jax import distributed
 from piccolo_jax.config import Config
 from piccolo_jax.errors import UserError
 
@@ -30,16 +31,16 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(main(sys.argv) or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        distributed.leave(2)
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror}: make room, or give another folder", file=sys.stderr)
-        sys.exit(2)
+        distributed.leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        distributed.leave(128 + signal.SIGINT)
 
 
 def parse_config(argv: list[str], usage: str) -> tuple[Config, Path]:

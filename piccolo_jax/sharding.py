@@ -4,6 +4,7 @@ Every array of a step is global; rows and texts are split over `BATCH_AXES`, par
 and `tensor` by rules (regex on the parameter's path, PartitionSpec), first match wins.
 """
 
+import collections
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from piccolo_jax.config import MeshConfig
@@ -21,11 +23,17 @@ BATCH_AXES = ("data", "fsdp")
 
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
+_MOST_REPLICATED = 0.05  # of the parameters' bytes, where fsdp > 1
+_MOST_NAMED = 5
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices` (default: all of all processes), -1 filled in.
 
-    Raises UserError if the sizes don't multiply to the number of devices.
+    Devices are arranged by the slice's topology, so that neighbours on `tensor` and then on `fsdp`
+    are near each other. Over several slices, `data` alone goes from slice to slice. Raises
+    UserError if the sizes don't multiply to the number of devices, or `data` doesn't fit the
+    slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -45,8 +53,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     for axis in unknown:
         sizes[axis] = len(devices) // known
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    return Mesh(_arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    slices = collections.Counter(getattr(device, "slice_index", None) for device in devices)
+    if len(slices) == 1:
+        shape = tuple(sizes.values())
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if len(set(slices.values())) > 1:
+        raise UserError(
+            f"slices of {', '.join(map(str, slices.values()))} devices: a mesh needs slices of one"
+            " size"
+        )
+    if sizes["data"] % len(slices):
+        inside = len(devices) // len(slices)
+        raise UserError(
+            f"config.mesh.data = {sizes['data']}: the devices are in {len(slices)} slices, and only"
+            " the data axis goes from one to another, so it must be a multiple of that: fsdp *"
+            f" tensor must divide the {inside} devices of a slice (fsdp = {sizes['fsdp']}, tensor ="
+            f" {sizes['tensor']})"
+        )
+    inner = (sizes["data"] // len(slices), sizes["fsdp"], sizes["tensor"])
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, (len(slices), 1, 1), devices, allow_split_physical_axes=True
     )
 
 
@@ -71,7 +101,9 @@ def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _divisible(mesh, x.shape, spec))
 
 
-def param_shardings(mesh: Mesh, abstract_params: Any, rules: Rules) -> Any:
+def param_shardings(
+    mesh: Mesh | jax.sharding.AbstractMesh, abstract_params: Any, rules: Rules
+) -> Any:
     """A NamedSharding per parameter, in the tree of `abstract_params`.
 
     The first rule whose regex is found in the "/"-joined path decides; a parameter without one is
@@ -86,6 +118,49 @@ def param_shardings(mesh: Mesh, abstract_params: Any, rules: Rules) -> Any:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map_with_path(choose, abstract_params)
+
+
+def check_split(mesh: Mesh | jax.sharding.AbstractMesh, abstract_params: Any, rules: Rules) -> None:
+    """Raises UserError if fsdp > 1 leaves more than 5 % of the parameters' bytes on every device.
+
+    Names the largest of those parameters, their bytes, and the sizes of fsdp that would do.
+    """
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    whole, total = _whole(mesh, abstract_params, rules)
+    if fsdp == 1 or sum(whole.values()) <= _MOST_REPLICATED * total:
+        return
+    rest = mesh.shape["data"] * fsdp
+    possible = []
+    for size in range(1, rest + 1):
+        if rest % size == 0:
+            other = jax.sharding.AbstractMesh((rest // size, size, tensor), AXES)
+            left = sum(_whole(other, abstract_params, rules)[0].values())
+            if size == 1 or left <= _MOST_REPLICATED * total:
+                possible.append(str(size))
+    largest = sorted(whole, key=lambda name: -whole[name])[:_MOST_NAMED]
+    names = ", ".join(f"{name} ({whole[name]:,} bytes)" for name in largest)
+    raise UserError(
+        f"config.mesh.fsdp = {fsdp}: {sum(whole.values()):,} of {total:,} bytes of parameters would"
+        f" stay whole on every device, because {fsdp} doesn't divide their dimensions (config.model"
+        f" sizes): {names}{', ...' if len(whole) > len(largest) else ''}. On these devices fsdp can"
+        f" be {', '.join(possible)} for this model"
+    )
+
+
+def _whole(
+    mesh: Mesh | jax.sharding.AbstractMesh, abstract_params: Any, rules: Rules
+) -> tuple[dict[str, int], int]:
+    """Bytes of each parameter that fsdp doesn't split, by path; and of all parameters."""
+    shardings = param_shardings(mesh, abstract_params, rules)
+    whole, total = {}, 0
+    for (path, leaf), s in zip(
+        jax.tree.leaves_with_path(abstract_params), jax.tree.leaves(shardings), strict=True
+    ):
+        size = leaf.size * leaf.dtype.itemsize
+        total += size
+        if not any("fsdp" in ((e,) if isinstance(e, str) else e or ()) for e in s.spec):
+            whole[jax.tree_util.keystr(path, simple=True, separator="/")] = size
+    return whole, total
 
 
 def _divisible(
@@ -110,9 +185,21 @@ def local_shards(mesh: Mesh) -> tuple[int, ...]:
     return tuple(sorted({range(shards)[index[0]][0] for index in slices if index is not None}))
 
 
-def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """The global array of `value`, which every process holds whole, in its sharding."""
-    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+def place(value: Any, sharding: NamedSharding) -> jax.Array:
+    """The global array of `value` in its sharding.
+
+    `value` has a shape and gives its parts by index, a slice per dimension; every process asks for
+    the parts of its own devices, and for each of them once.
+    """
+    parts: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def read(index: Any) -> np.ndarray:
+        key = tuple((part.start, part.stop) for part in index)
+        if key not in parts:
+            parts[key] = value[index]
+        return parts[key]
+
+    return jax.make_array_from_callback(value.shape, sharding, read)
 
 
 def global_batch(

@@ -20,7 +20,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from piccolo_jax import build, cli, export, metrics, optim, sharding
+from piccolo_jax import build, cli, distributed, export, metrics, optim, sharding
 from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
 from piccolo_jax.checkpoint import Checkpoints
@@ -43,26 +43,37 @@ def main(argv: list[str]) -> int:
     config, workdir = cli.parse_config(argv, __doc__ or "")
 
     # Model and mesh.
-    parts = build.build(config)
-    mesh = sharding.make_mesh(config.mesh)
-    evals = open_datasets(config.eval.datasets)
-    _check_workdir(workdir, config)
+    distributed.start()
+    distributed.check_same(config=config_lib.to_json(config))
+    is_first = jax.process_index() == 0
+    with distributed.agreed("starting"):
+        parts = build.build(config)
+        mesh = sharding.make_mesh(config.mesh)
+        shardings = build.param_shardings(parts.model, mesh)
+        evals = open_datasets(config.eval.datasets)
+        _check_workdir(workdir, config)
+    if not distributed.sees_first(workdir):
+        raise UserError(f"--workdir={workdir}: must be a folder that all processes share")
 
     # Data.
     prepared_dir = Path(config.data.prepared_dir or workdir / "prepared")
-    datasets = prepare_datasets(config, parts.tokenizer, TASKS, prepared_dir)
+    datasets = distributed.first_then_rest(
+        prepared_dir,
+        "preparing the data",
+        lambda: prepare_datasets(config, parts.tokenizer, TASKS, prepared_dir, quiet=not is_first),
+    )
     batches = Batches(
         config, datasets, TASKS, parts.model.backbone.hidden_size,
-        sharding.batch_shards_of(mesh), sharding.local_shards(mesh),
+        sharding.batch_shards_of(mesh), sharding.local_shards(mesh), quiet=not is_first,
     )  # fmt: skip
     fingerprints = [f"{s.name}-{s.manifest['fingerprint']}" for s in batches.stores]
     _say_datasets(batches, config)
 
     # State: new, or that of the last checkpoint.
-    shardings = build.param_shardings(parts.model, mesh)
     abstract_params = build.abstract_params(parts.model, shardings)
     optimizer = optim.make_optimizer(config, abstract_params)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    distributed.check_same(prepared_data=fingerprints, latest_checkpoint=checkpoints.latest)
     if checkpoints.latest is None:
         _say_model(parts, abstract_params, mesh)
         params = build.make_params(parts, config.seed, shardings)
@@ -88,7 +99,8 @@ def main(argv: list[str]) -> int:
             for row in eval_log.kept
             if row["step"] == step and {str(dim) for dim in dims} <= row.keys()
         }
-        todo = [dataset for dataset in evals if dataset.name not in scored]
+        missing = distributed.of_first(np.asarray([d.name not in scored for d in evals], bool))
+        todo = [dataset for dataset, is_missing in zip(evals, missing, strict=True) if is_missing]
         _evaluate(todo, encoder, params, dims, step, eval_log)
 
     def evaluation_due(step: int) -> bool:
@@ -104,7 +116,11 @@ def main(argv: list[str]) -> int:
     def program(batch: HostBatch, arrays: Any) -> Any:
         compiled, seconds = steps.get(batch.task, batch.shape, state, arrays)
         if seconds:
-            say(f"compiled {batch.task}, {_describe(batch)}, in {seconds:.1f} s")
+            rows = sharding.batch_shards_of(mesh) * batch.shape.rows
+            say(
+                f"compiled {batch.task}, {rows} rows of {batch.shape.length} tokens, in"
+                f" {seconds:.1f} s"
+            )
         return compiled
 
     for step in _first_uses(batches, first_step, config.total_steps):
@@ -117,7 +133,7 @@ def main(argv: list[str]) -> int:
     recent = _Rate()
     bar = tqdm.tqdm(
         total=config.total_steps, initial=first_step, unit=" steps", desc="training",
-        disable=jax.process_index() != 0,
+        disable=not is_first,
     )  # fmt: skip
 
     def finish_oldest() -> None:
@@ -174,8 +190,9 @@ def main(argv: list[str]) -> int:
         evaluate(config.total_steps, state.params)
     output = workdir / "export"
     params = multihost_utils.process_allgather(state.params, tiled=True)
-    if jax.process_index() == 0:
-        export.write(output, params, parts, config, overwrite=True)
+    with distributed.agreed("writing the export"):
+        if is_first:
+            export.write(output, params, parts, config, overwrite=True)
     _say_results(workdir, config, checkpoints, output)
     return 0
 
@@ -221,7 +238,7 @@ def _evaluate(
     log: metrics.JsonLines,
 ) -> None:
     for dataset in evals:
-        progress = f"evaluating {dataset.name}"
+        progress = f"evaluating {dataset.name}" if jax.process_index() == 0 else ""
         scores = dataset.evaluate(
             functools.partial(encoder.encode, params, progress=progress), dims
         )
@@ -270,27 +287,26 @@ def _stop_signal() -> Iterator[Any]:
         nonlocal received
         received = number
         signal.signal(number, before[signal.Signals(number)])
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if jax.process_count() > 1:  # JAX itself catches SIGTERM there, and agrees on a step
-        yield (
-            lambda step: (
-                int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
-            )
-        )
-        return
-    for number in before:
+    def stop_asked(step: int) -> int:
+        if several:
+            agreed = multihost_utils.reached_preemption_sync_point(step)
+            return int(signal.SIGTERM) if agreed else 0
+        return received
+
+    # Several processes must agree on a step: JAX catches SIGTERM, of any of them, and sees to that.
+    several = jax.process_count() > 1
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
         signal.signal(number, receive)
     try:
-        yield lambda step: received
+        yield stop_asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _describe(batch: HostBatch) -> str:
-    rows = batch.sharded["tokens"].shape[0]
-    return f"{rows} rows of {batch.shape.length} tokens"
 
 
 def _say_datasets(batches: Batches, config: Config) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["JAX_NUM_PROCESSES"] = "1"  # also where a cluster could be found
 
 import jax
 import pytest

@@ -20,7 +20,7 @@ LAYERS = (
     ("tasks",),
     ("optim",),
     ("build", "train_step"),
-    ("evaluation", "checkpoint", "metrics", "cli"),
+    ("evaluation", "checkpoint", "distributed", "metrics", "cli"),
     ("export",),
     ("train", "embed", "prepare", "verify"),
 )

@@ -55,6 +55,7 @@ class Batches:
     Args:
       tasks: the TASKS table; hidden_size: of the model, which weighs attention against products.
       shards: parts into which rows and texts are split; local_shards: those of this process.
+      quiet: without a progress bar.
 
     Raises UserError if a dataset has fewer rows than a batch, or its batches fewer packed rows than
     config.train.micro_batches.
@@ -68,6 +69,7 @@ class Batches:
         hidden_size: int,
         shards: int,
         local_shards: Sequence[int],
+        quiet: bool = False,
     ):
         self._config, self._tasks = config, tasks
         self._shards, self._local_shards = shards, tuple(local_shards)
@@ -86,8 +88,9 @@ class Batches:
             weights=tuple(dataset.weight for dataset in datasets),
         )
         bar = tqdm.tqdm(
-            range(len(self.stores)), desc="planning batches", unit=" datasets", leave=False
-        )
+            range(len(self.stores)), desc="planning batches", unit=" datasets", leave=False,
+            disable=quiet,
+        )  # fmt: skip
         self.plans = [self._plan(d, hidden_size) for d in bar]
 
     def start(self, first_step: int, stop_step: int) -> Iterator[HostBatch]:

@@ -51,9 +51,15 @@ class Dataset:
 
 
 def prepare_datasets(
-    config: Config, tokenizer: Tokenizer, tasks: dict[str, Any], root: Path
+    config: Config,
+    tokenizer: Tokenizer,
+    tasks: dict[str, Any],
+    root: Path,
+    quiet: bool = False,
 ) -> list[Dataset]:
     """Opens every dataset of the config, preparing under `root` those not there yet.
+
+    `quiet`: without progress bars.
 
     Raises UserError for files that can't be used; what was finished before stays.
     """
@@ -62,7 +68,7 @@ def prepare_datasets(
         listed = formats.expand_meta_list(dataset.path)
         paths = [(dataset.path, 1.0)] if listed is None else listed
         stores = [
-            _prepare(dataclasses.replace(dataset, path=path), config, tokenizer, tasks, root)
+            _prepare(dataclasses.replace(dataset, path=path), config, tokenizer, tasks, root, quiet)
             for path, _ in paths
         ]
         # The datasets of a meta list are one pool of rows, as in REF: they share the list's weight,
@@ -74,7 +80,12 @@ def prepare_datasets(
 
 
 def _prepare(
-    dataset: DatasetConfig, config: Config, tokenizer: Tokenizer, tasks: dict[str, Any], root: Path
+    dataset: DatasetConfig,
+    config: Config,
+    tokenizer: Tokenizer,
+    tasks: dict[str, Any],
+    root: Path,
+    quiet: bool,
 ) -> Store:
     source = formats.open_source(dataset.path, dataset.task)
     task = tasks[source.task]
@@ -97,7 +108,7 @@ def _prepare(
             partial.mkdir(parents=True)
             manifest = {"name": name, "fingerprint": fingerprint} | description
             with contextlib.closing(_TextWriter(partial, tokenizer, manifest)) as texts:
-                _write(source, task, texts, manifest, partial)
+                _write(source, task, texts, manifest, partial, quiet)
             try:
                 os.rename(partial, directory)
             except OSError:
@@ -119,12 +130,15 @@ def _write(
     texts: "_TextWriter",
     manifest: dict[str, Any],
     directory: Path,
+    quiet: bool,
 ) -> None:
     columns = {column.name: _ColumnWriter() for column in task.columns}
     scores = array("f")
     rejected: list[formats.Rejected] = []
     total = formats.count_rows(source.files)
-    with tqdm.tqdm(total=total, desc=f"preparing {manifest['name']}", unit=" rows") as bar:
+    with tqdm.tqdm(
+        total=total, desc=f"preparing {manifest['name']}", unit=" rows", disable=quiet
+    ) as bar:
         for chunk in _batched(source, _ROWS_AT_ONCE):
             examples: list[formats.Example] = []
             for item in chunk:

@@ -103,9 +103,10 @@ def load(directory: Path, mesh_config: MeshConfig | None = None) -> tuple[Encode
     spec = pretrained.read_spec(directory)
     mesh = sharding.make_mesh(mesh_config or MeshConfig())
     model = Embedder(spec.backbone, pooling=spec.pooling or "mean", embed_dim=spec.embed_dim)
-    params = pretrained.load_params(directory, spec.backbone, spec.embed_dim)
+    stored = pretrained.open_params(directory, spec.backbone, spec.embed_dim)
     rules = embedder_rules(spec.backbone.model_type)
-    params = jax.device_put(params, sharding.param_shardings(mesh, params, rules))
+    shardings = sharding.param_shardings(mesh, stored, rules)
+    params = jax.tree.map(sharding.place, stored, shardings)
     max_length = min(
         spec.max_seq_length or spec.backbone.max_positions, spec.backbone.max_positions
     )

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -32,6 +31,7 @@ _LEGACY_POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_DTYPES = ("F32", "F16", "BF16", "F64")
 # Of the encoder's tensors in a checkpoint of a model with a head.
 _PREFIXES = ("", "bert.", "roberta.")
 
@@ -106,8 +106,36 @@ def read_spec(directory: Path) -> Pretrained:
     return spec
 
 
-def load_params(directory: Path, config: BertConfig, embed_dim: int = 0) -> dict[str, Any]:
-    """Parameters of Embedder(config, embed_dim=embed_dim) as nested dicts of numpy float32.
+@dataclasses.dataclass(frozen=True)
+class StoredParam:
+    """A parameter in its file: `shape`, and `param[index]`, float32, which reads that part alone.
+
+    `index` has a slice per dimension. A parameter of `layers` has a tensor per layer; a `kernel` is
+    [in, out] here and [out, in] in the file.
+    """
+
+    shape: tuple[int, ...]
+    tensors: tuple[Any, ...]  # slices of safetensors, one for each layer; or one
+    stacked: bool
+    transposed: bool
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        if not self.stacked:
+            return self._read(self.tensors[0], index)
+        shape = (len(range(*i.indices(n))) for i, n in zip(index, self.shape, strict=True))
+        value = np.empty(tuple(shape), np.float32)
+        for i, tensor in enumerate(self.tensors[index[0]]):
+            value[i] = self._read(tensor, index[1:])
+        return value
+
+    def _read(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
+        value = tensor[index[::-1] if self.transposed else index]
+        value = value.T if self.transposed else value
+        return np.ascontiguousarray(value, dtype=np.float32)
+
+
+def open_params(directory: Path, config: BertConfig, embed_dim: int = 0) -> dict[str, Any]:
+    """Parameters of Embedder(config, embed_dim=embed_dim) as nested dicts of StoredParam.
 
     `scaling` is absent if the directory has no Dense module; a Dense module is not read if
     `embed_dim` is 0. Raises UserError naming the tensor, the file and the shapes if one is missing
@@ -120,13 +148,7 @@ def load_params(directory: Path, config: BertConfig, embed_dim: int = 0) -> dict
     params: dict[str, Any] = {"backbone": {}}
     for path, shape in _backbone_shapes(config).items():
         name = prefix + BACKBONES[config.model_type].hf_names[path]
-        if path.startswith("layers/"):
-            value = np.empty(shape, np.float32)
-            for i in range(shape[0]):
-                value[i] = tensors.read(name.format(i), path, shape[1:])
-        else:
-            value = tensors.read(name, path, shape)
-        _put(params["backbone"], path, value)
+        _put(params["backbone"], path, tensors.open(name, path, shape))
     if embed_dim and "Dense" in modules:
         dense_config = modules["Dense"] / "config.json"
         width = _read_dense(dense_config, config.hidden_size)
@@ -136,12 +158,18 @@ def load_params(directory: Path, config: BertConfig, embed_dim: int = 0) -> dict
                 f" {width}: set config.model.embed_dim={width}, or 0 for no scaling layer"
             )
         tensors = _Tensors(modules["Dense"])
-        kernel = tensors.read("linear.weight", "scaling/kernel", (config.hidden_size, width))
-        bias = np.zeros(width, np.float32)
+        kernel = tensors.open("linear.weight", "scaling/kernel", (config.hidden_size, width))
+        bias: StoredParam | np.ndarray = np.zeros(width, np.float32)
         if _read_json(dense_config).get("bias", True):
-            bias = tensors.read("linear.bias", "scaling/bias", (width,))
+            bias = tensors.open("linear.bias", "scaling/bias", (width,))
         params["scaling"] = {"kernel": kernel, "bias": bias}
     return params
+
+
+def load_params(directory: Path, config: BertConfig, embed_dim: int = 0) -> dict[str, Any]:
+    """What open_params gives, read whole: nested dicts of numpy float32. Raises what that does."""
+    stored = open_params(directory, config, embed_dim)
+    return jax.tree.map(lambda param: param[(slice(None),) * len(param.shape)], stored)
 
 
 def to_hf(
@@ -196,26 +224,34 @@ class _Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self.where
 
-    def read(self, name: str, path: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor in the layout of the parameter at `path`, of `shape`, as float32."""
-        expected = shape[::-1] if path.endswith("kernel") else shape
+    def open(self, name: str, path: str, shape: tuple[int, ...]) -> StoredParam:
+        """The parameter at `path`, of `shape`; with a `{}` in it, `name` is that of each layer."""
+        transposed, stacked = path.endswith("kernel"), path.startswith("layers/")
+        expected = shape[1:] if stacked else shape
+        expected = expected[::-1] if transposed else expected
+        names = [name.format(i) for i in range(shape[0])] if stacked else [name]
+        opened = tuple(self._open_tensor(name, expected) for name in names)
+        return StoredParam(shape, opened, stacked, transposed)
+
+    def _open_tensor(self, name: str, expected: tuple[int, ...]) -> Any:
         if name not in self.where:
             raise UserError(f"{self.source}: no tensor {name!r} of shape {list(expected)}")
         file = self.where[name]
         try:
-            value = self._open(file).get_tensor(name)
+            tensor = self._open(file).get_slice(name)
         except SafetensorError as error:
             raise UserError(f"{file}: tensor {name!r}: {error}") from error
-        if value.shape != expected:
+        if tuple(tensor.get_shape()) != expected:
             raise UserError(
-                f"{file}: tensor {name!r} has shape {list(value.shape)}, but by config.json it must"
-                f" be {list(expected)}: weights and config.json are of different models"
+                f"{file}: tensor {name!r} has shape {tensor.get_shape()}, but by config.json it"
+                f" must be {list(expected)}: weights and config.json are of different models"
             )
-        if not (np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16):
+        if tensor.get_dtype() not in _DTYPES:
             raise UserError(
-                f"{file}: tensor {name!r} is {value.dtype}: must be float32, float16 or bfloat16"
+                f"{file}: tensor {name!r} is {tensor.get_dtype()}: must be one of"
+                f" {', '.join(_DTYPES)}"
             )
-        return _transposed(value.astype(np.float32), path)
+        return tensor
 
     def _open(self, file: Path) -> Any:
         if file not in self.files:
@@ -319,7 +355,7 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
         yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
-def _put(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, leaf = path.split("/")
     for name in parents:
         tree = tree.setdefault(name, {})
