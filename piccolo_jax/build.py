@@ -34,26 +34,16 @@ class Parts:
     scaling_init: bool  # whether `init` holds the scaling layer
 
 
-def build(config: Config) -> Parts:
-    """Raises UserError where model, tokenizer, lengths and prefixes don't fit each other."""
+def build(config: Config, platform: str | None = None) -> Parts:
+    """What `config` names, to run on `platform` (default: that of this process's devices).
+
+    Raises UserError where model, tokenizer, lengths and prefixes don't fit each other.
+    """
     model, data = config.model, config.data
     init = pretrained.resolve(model.init) if model.init else None
-    if init:
-        spec = pretrained.read_spec(init)
-    else:
-        sizes: dict[str, Any] = {
-            f.name: getattr(model, f.name)
-            for f in dataclasses.fields(BertConfig)
-            if hasattr(model, f.name)
-        }
-        sizes |= {"hidden_dropout": _RANDOM_DROPOUT, "attention_dropout": _RANDOM_DROPOUT}
-        spec = pretrained.Pretrained(Path(), BertConfig(**sizes))
-    backbone = spec.backbone
-    if model.dropout is not None:
-        backbone = dataclasses.replace(
-            backbone, hidden_dropout=model.dropout, attention_dropout=model.dropout
-        )
-    config_lib.validate_width(config, model.embed_dim or backbone.hidden_size)
+    spec = pretrained.read_spec(init) if init else spec_of_sizes(config)
+    embedder = make_model(config, spec, platform or jax.default_backend())
+    backbone = embedder.backbone
     for name in ("query_max_length", "max_length"):
         if getattr(data, name) > backbone.max_positions:
             raise UserError(
@@ -68,11 +58,37 @@ def build(config: Config) -> Parts:
         )
     if not init:
         backbone = dataclasses.replace(backbone, pad_token_id=tokenizer.hf.pad_token_id or 0)
-    on_cpu = jax.default_backend() == "cpu"
+        embedder = embedder.clone(backbone=backbone)
+    return Parts(embedder, tokenizer, init, bool(model.embed_dim and spec.embed_dim))
+
+
+def spec_of_sizes(config: Config) -> pretrained.Pretrained:
+    """What a directory with a model of the config's sizes would say: for random weights."""
+    sizes: dict[str, Any] = {
+        f.name: getattr(config.model, f.name)
+        for f in dataclasses.fields(BertConfig)
+        if hasattr(config.model, f.name)
+    }
+    sizes |= {"hidden_dropout": _RANDOM_DROPOUT, "attention_dropout": _RANDOM_DROPOUT}
+    return pretrained.Pretrained(Path(), BertConfig(**sizes))
+
+
+def make_model(config: Config, spec: pretrained.Pretrained, platform: str) -> Embedder:
+    """The model of `spec` as `config` wants it on `platform` ("cpu", "tpu", ...).
+
+    Raises UserError if a prefix is longer than the embedding.
+    """
+    model, backbone = config.model, spec.backbone
+    if model.dropout is not None:
+        backbone = dataclasses.replace(
+            backbone, hidden_dropout=model.dropout, attention_dropout=model.dropout
+        )
+    config_lib.validate_width(config, model.embed_dim or backbone.hidden_size)
+    on_cpu = platform == "cpu"
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
         model.dtype, jnp.float32 if on_cpu else jnp.bfloat16
     )
-    embedder = Embedder(
+    return Embedder(
         backbone,
         pooling=model.pooling or spec.pooling or "mean",
         embed_dim=model.embed_dim,
@@ -80,7 +96,6 @@ def build(config: Config) -> Parts:
         remat=model.remat,
         row_chunk=_CPU_ROW_CHUNK if on_cpu else 0,
     )
-    return Parts(embedder, tokenizer, init, bool(model.embed_dim and spec.embed_dim))
 
 
 def param_shardings(model: Embedder, mesh: Mesh) -> Any:

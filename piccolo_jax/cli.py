@@ -46,7 +46,22 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 def parse_config(argv: list[str], usage: str) -> tuple[Config, Path]:
     """Config and workdir of `--config=FILE --workdir=DIR [--config.FIELD=VALUE ...]`.
 
-    Raises UserError for an unknown flag or field, a value of the wrong type, and a config that
+    Raises UserError as parse() does.
+    """
+    config, values = parse(argv, usage, required=("config", "workdir"))
+    return config, Path(str(values["workdir"].value))
+
+
+def parse(
+    argv: list[str],
+    usage: str,
+    required: tuple[str, ...],
+    define: Callable[[flags.FlagValues], None] = lambda values: None,
+) -> tuple[Config, flags.FlagValues]:
+    """Config and flags of `--config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]`.
+
+    `define` adds the command's own flags. Raises UserError for an unknown flag or field, a value of
+    the wrong type, and a config that
     can't be loaded or isn't valid.
     """
     if {"--help", "-h"} & set(argv):
@@ -56,6 +71,7 @@ def parse_config(argv: list[str], usage: str) -> tuple[Config, Path]:
     flags.DEFINE_string(
         "workdir", None, "Folder for everything the run writes.", flag_values=values
     )
+    define(values)
     overridden = [m[1] for m in map(re.compile(r"--?config\.([^=]+)").match, argv) if m]
 
     def load(path: str) -> Config:
@@ -75,12 +91,12 @@ def parse_config(argv: list[str], usage: str) -> tuple[Config, Path]:
         raise UserError(str(error)) from error
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}\n{usage}")
-    for name in ("config", "workdir"):
+    for name in required:
         if not (values[name].present and values[name].value):
             raise UserError(f"--{name} is missing\n{usage}")
     config = cast(Config, values["config"].value)
     config_lib.validate(config)
-    return config, Path(str(values["workdir"].value))
+    return config, values
 
 
 def _load(path: str) -> Config:

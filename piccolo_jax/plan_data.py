@@ -1,0 +1,69 @@
+"""Datasets of assumed lengths, for plans without data: as prepared ones, but in memory."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from piccolo_jax.config import TASK_NAMES, Config
+from piccolo_jax.data.prepare import Dataset
+from piccolo_jax.data.store import Columns, Ragged
+from piccolo_jax.tasks import TASKS
+
+LABELS = 128  # distinct label texts of an assumed dataset
+
+
+class AssumedStore:
+    """A dataset of one batch of rows, all texts distinct, in the place of data.store.Store.
+
+    Text lengths are spread evenly between half and one and a half times the mean, within the
+    config's limits; all at the limit if the mean is.
+    """
+
+    def __init__(self, task: str, config: Config, query_tokens: int, text_tokens: int):
+        self.name, self.task = f"assumed {task}", task
+        self.num_rows = rows = config.batch_size
+        self.columns: Columns = {}
+        rng = np.random.default_rng(0)
+        lengths: list[np.ndarray] = []
+
+        def texts(count: int, is_query: bool) -> np.ndarray:
+            mean = query_tokens if is_query else text_tokens
+            limit = config.data.query_max_length if is_query else config.data.max_length
+            spread = 0 if mean >= limit else mean // 2
+            drawn = rng.integers(mean - spread, mean + spread + 1, count)
+            begin = sum(map(len, lengths))
+            lengths.append(np.clip(drawn, 3, limit).astype(np.int32))
+            return np.arange(begin, begin + count, dtype=np.int32)
+
+        labels = texts(min(LABELS, rows), False) if task == "classification" else None
+        for column in TASKS[task].columns:
+            members = {"negatives": config.data.negatives, "other_labels": 0}.get(column.name, 1)
+            if column.name == "other_labels" and labels is not None:
+                members = min(config.loss.classification.max_negatives, len(labels) - 1)
+                place = np.arange(rows)[:, None] + 1 + np.arange(members)
+                values = labels[place % len(labels)].reshape(-1)
+            elif column.name == "labels" and labels is not None:
+                values = labels[np.arange(rows) % len(labels)]
+            else:
+                values = texts(rows * members, column.is_query)
+            offsets = np.arange(rows + 1, dtype=np.int64) * members
+            self.columns[column.name] = Ragged(values, offsets) if column.ragged else values
+        if score := TASKS[task].score_column:
+            self.columns[score] = np.arange(rows, dtype=np.float32)
+        self.lengths = np.concatenate(lengths)
+        self.manifest: dict[str, Any] = {"longest_tokens": int(self.lengths.max())}
+
+    def tokens(self, texts: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Token ids of each text: zeros, of its length."""
+        return [np.zeros(self.lengths[i], np.int32) for i in texts]
+
+
+def assumed_datasets(config: Config, query_tokens: int, text_tokens: int) -> list[Dataset]:
+    """A dataset of each task that the config's datasets name, or of all if one names none."""
+    named = {dataset.task for dataset in config.data.datasets}
+    tasks = [task for task in TASK_NAMES if "" in named or task in named]
+    return [
+        Dataset(AssumedStore(task, config, query_tokens, text_tokens), 1.0)  # type: ignore[arg-type]
+        for task in tasks
+    ]
