@@ -38,7 +38,8 @@ class AssumedStore:
 
         labels = texts(min(LABELS, rows), False) if task == "classification" else None
         for column in TASKS[task].columns:
-            members = {"negatives": config.data.negatives, "other_labels": 0}.get(column.name, 1)
+            counts = {"positives": config.data.positives, "negatives": config.data.negatives}
+            members = counts.get(column.name, 1)
             if column.name == "other_labels" and labels is not None:
                 members = min(config.loss.classification.max_negatives, len(labels) - 1)
                 place = np.arange(rows)[:, None] + 1 + np.arange(members)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from piccolo_jax.topology import Chip
+from piccolo_jax.planning.topology import Chip
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
