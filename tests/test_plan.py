@@ -1,0 +1,246 @@
+"""The plan command on small slices: real compilations, for chips that aren't there."""
+
+import importlib.util
+import json
+import os
+
+import numpy as np
+import pytest
+import small
+
+from piccolo_jax import plan
+from piccolo_jax.config import Config, DatasetConfig
+from piccolo_jax.data.loader import Batches
+from piccolo_jax.planning.assumed import LABELS, assumed_datasets
+from piccolo_jax.planning.steps import stderr_of_compiler
+from piccolo_jax.tasks import TASKS
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: nothing compiles for TPUs",
+)
+ONE_DATASET = """
+import runpy
+
+def get_config():
+    config = runpy.run_path({path!r})["get_config"]()
+    config.data.datasets = config.data.datasets[1:2]
+    return config
+"""
+WARNING = "Involuntary full rematerialization"
+
+
+def planned(capfd, *arguments):
+    """Exit code and JSON of a plan, and what it said on standard error."""
+    capfd.readouterr()
+    code = small.run_command(plan.main, "--json", *arguments)
+    out, err = capfd.readouterr()
+    return code, json.loads(out), err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = small.write_training_files(tmp_path_factory.mktemp("plan"))
+    (folder / "one.py").write_text(ONE_DATASET.format(path=str(folder / "tiny.py")), "utf-8")
+    return folder
+
+
+def test_a_config_with_data_is_planned_at_the_shapes_of_its_batches(folder, capfd):
+    code, result, err = planned(
+        capfd, f"--config={folder / 'tiny.py'}", "--topology=v5e:2x2", f"--workdir={folder}",
+        "--config.total_steps=30",
+    )  # fmt: skip
+    assert code == 0
+    assert (result["chips"], result["executed"], result["fits"]) == (4, False, True)
+    assert result["notes"] == []
+    assert WARNING not in err
+    assert [step["task"] for step in result["steps"]] == list(small.TASKS)
+    assert [step["steps"] for step in result["steps"]] == [10, 10, 10]
+    for step in result["steps"]:
+        assert 0 < step["tokens"] < step["rows"] * step["length"]
+        assert step["fill"] == pytest.approx(step["tokens"] / (step["rows"] * step["length"]))
+        parts = step["hbm_arguments"] + step["hbm_temporary"] + step["hbm_output"]
+        assert 0 < parts <= step["hbm_used"] < result["hbm_per_chip"]
+        assert step["cycles"] > 0
+        assert step["utilisation"] == pytest.approx(
+            step["model_operations"] / step["seconds"] / 4 / result["peak_per_chip"]
+        )
+        assert 0 < step["utilisation"] < 1
+        # Data-parallel: at least the gradients of all parameters cross the ring.
+        reduced = [c for c in step["collectives"] if c["kind"] == "all-reduce"]
+        assert sum(c["bytes"] for c in reduced) >= 2 * (2600 * 32)
+        assert step["unknown_loops"] == step["compile_warnings"] == 0
+    assert result["hours"] == pytest.approx(
+        sum(step["seconds"] * 10 for step in result["steps"]) / 3600
+    )
+
+
+def test_model_operations_are_those_of_the_real_tokens(capfd):
+    """With assumed texts of one length all is known beforehand."""
+    rows, hidden, inner, layers, width = 8, 32, 64, 2, 48
+    query, text = 16, 32
+    code, result, _ = planned(
+        capfd, f"--config={_write_config(rows, query, text)}", "--topology=v5e:2x2"
+    )
+    assert code == 0
+    by_task = {step["task"]: step for step in result["steps"]}
+    assert set(by_task) == set(small.TASKS)
+    assert all("assumed" in step["dataset"] for step in result["steps"])
+
+    def operations(lengths, product=0):
+        lengths = np.array(lengths, float)
+        dense = layers * (4 * hidden**2 + 2 * hidden * inner)
+        attention = 12 * layers * hidden * (lengths**2).sum()
+        return 6 * (dense * lengths.sum() + hidden * width * len(lengths) + product) + attention
+
+    lengths = {
+        "retrieval": [query] * rows + [text] * 2 * rows,
+        "similarity": [text] * 2 * rows,
+        "classification": [text] * 2 * rows,  # as many labels as rows, since these are few
+    }
+    for task, step in by_task.items():
+        product = rows * 2 * rows * width if task == "retrieval" else 0
+        assert step["tokens"] == sum(lengths[task])
+        assert step["texts"] == len(lengths[task])
+        assert step["model_operations"] == pytest.approx(operations(lengths[task], product))
+
+
+CONFIG = """
+from piccolo_jax.config import Config, DatasetConfig
+
+def get_config():
+    config = Config(total_steps=9, batch_size={rows})
+    config.model.init = "nobody/has-this-model"
+    config.model.vocab_size, config.model.hidden_size, config.model.num_layers = 2600, 32, 2
+    config.model.num_heads, config.model.intermediate_size = 2, 64
+    config.model.max_positions, config.model.embed_dim = 32, 48
+    config.loss.dims = (16, 48)
+    config.data.query_max_length, config.data.max_length = {query}, {text}
+    config.data.datasets = (DatasetConfig(path="nowhere/list.txt"),)
+    return config
+"""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def _write_config(rows, query, text):
+    with open("assumed.py", "w", encoding="utf-8") as file:
+        file.write(CONFIG.format(rows=rows, query=query, text=text))
+    return "assumed.py"
+
+
+def test_what_is_not_here_is_assumed_and_said(capfd):
+    path = _write_config(8, 16, 32)
+    code, result, _ = planned(
+        capfd, f"--config={path}", "--topology=v6e:2x2", "--query_tokens=6", "--text_tokens=20"
+    )
+    assert code == 0
+    model, data = result["notes"]
+    assert model.startswith("model: sizes of the config, since 'nobody/has-this-model'")
+    assert "queries of 6 and other texts of 20 tokens" in data
+    retrieval = result["steps"][0]
+    assert 8 * (6 + 2 * 20) * 0.7 < retrieval["tokens"] < 8 * (6 + 2 * 20) * 1.3
+
+
+def test_the_table_says_that_nothing_ran_and_what_costs(folder, capfd):
+    code = small.run_command(
+        plan.main, f"--config={folder / 'one.py'}", "--topology=v4:2x2x1", f"--workdir={folder}"
+    )
+    out = capfd.readouterr().out
+    assert code == 0
+    assert "v4:2x2x1: 4 chips, data 4 x fsdp 1 x tensor 1; 32.00 GiB" in out
+    assert "Nothing was executed" in out
+    for word in ("similarity", "all-reduce over 4 chips", "MFU", "padding"):
+        assert word in out
+    assert "12 steps: 0.00 hours" in out
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("mesh.data=1", "mesh.fsdp=4", "model.remat=full"),
+        ("mesh.fsdp=2", "mesh.tensor=2", "train.micro_batches=2"),
+    ],
+)
+def test_other_meshes_compile_without_moving_activations_whole(folder, capfd, fields):
+    code, result, err = planned(
+        capfd, f"--config={folder / 'tiny.py'}", "--topology=v5e:2x2", f"--workdir={folder}",
+        *(f"--config.{field}" for field in fields),
+    )  # fmt: skip
+    assert code == 0
+    assert [step["compile_warnings"] for step in result["steps"]] == [0, 0, 0]
+    assert WARNING not in err
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would(capfd):
+    # Each chip holds 1.3 million tokens, whose activations take 4 KB and more in each of 4 layers.
+    path = _write_config(2**16, 16, 32)
+    code, result, _ = planned(
+        capfd, f"--config={path}", "--topology=v5e:2x2", "--config.model.hidden_size=128",
+        "--config.model.intermediate_size=512", "--config.model.num_layers=4",
+        "--config.data.datasets[0].task=retrieval",
+    )  # fmt: skip
+    assert code == 2
+    assert not result["fits"]
+    (step,) = result["steps"]
+    assert step["hbm_used"] > result["hbm_per_chip"]
+    wanted, remedy = result["notes"][-2:]
+    assert wanted.startswith("does not fit: retrieval needs ")
+    assert remedy.startswith("what fits (compiled): --config.train.micro_batches=")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5e:3x3"], "--topology=v5e:3x3: there is no such slice; those of v5e are"),
+        ([], "--topology is missing"),
+        (["--topology=v5e:2x2", "--config.mesh.tensor=3"],
+         "config.mesh.tensor = 3: the sizes must multiply to the number of devices, 4"),
+        (["--topology=v5e:2x2", "--config.train.micro_batches=99"],
+         "config.train.micro_batches = 99: a batch of dataset"),
+        (["--topology=v5e:2x2", "--config.batch_size=999"],
+         "config.batch_size = 999: dataset retrieval.jsonl has only 20 usable rows"),
+        (["--topology=v5e:2x2", "--query_tokens=-1"], "query_tokens"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message(folder, capsys, arguments, message):
+    code = small.run_command(
+        plan.main, f"--config={folder / 'tiny.py'}", f"--workdir={folder}", *arguments
+    )
+    assert code == 2
+    assert message in small.one_error(capsys)
+
+
+def test_native_output_is_kept_from_the_terminal_and_comes_back(capfd):
+    with stderr_of_compiler() as said:
+        os.write(2, b"from C++\n")
+        assert said() == "from C++\n"
+    os.write(2, b"later\n")
+    assert said() == "from C++\n"
+    assert capfd.readouterr().err == "later\n"
+
+
+@pytest.mark.parametrize("task", small.TASKS)
+def test_assumed_data_give_whole_batches_of_the_lengths_asked_for(task):
+    config = Config(batch_size=512)
+    config.data.datasets = (DatasetConfig(path="x", task=task),)
+    config.data.negatives = 3
+    (dataset,) = assumed_datasets(config, 40, 200)
+    batch = Batches(config, [dataset], TASKS, 64, 4, range(4)).at(0)
+    texts = {"retrieval": 512 * 5, "similarity": 1024, "classification": 512 + LABELS}[task]
+    lengths = dataset.store.lengths
+    assert len(lengths) == texts
+    assert batch.num_tokens == lengths.sum()
+    assert {name: len(array) for name, array in batch.replicated.items()} == dict.fromkeys(
+        batch.replicated, 512
+    )
+    others = lengths[512:] if task == "retrieval" else lengths
+    # 1,000 draws or more between half and three halves: their mean has a deviation of 0.9 %.
+    assert others.mean() == pytest.approx(200, rel=0.06)
+    assert others.min() >= 100
+    assert others.max() <= 300
+    if task == "retrieval":
+        assert lengths[:512].max() <= 60
