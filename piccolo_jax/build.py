@@ -88,12 +88,14 @@ def make_model(config: Config, spec: pretrained.Pretrained, platform: str) -> Em
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
         model.dtype, jnp.float32 if on_cpu else jnp.bfloat16
     )
+    # On CPU activations go through memory, which takes longer than computing them again.
+    remat = model.remat if model.remat != "auto" else "dots" if on_cpu else "none"
     return Embedder(
         backbone,
         pooling=model.pooling or spec.pooling or "mean",
         embed_dim=model.embed_dim,
         dtype=dtype,
-        remat=model.remat,
+        remat=remat,
         row_chunk=_CPU_ROW_CHUNK if on_cpu else 0,
     )
 

@@ -76,7 +76,8 @@ class ModelConfig:
     embed_dim: int = 1792  # width of the scaling layer; 0: none
     dropout: float | None = None  # None: the checkpoint's (0.1 for random weights)
     dtype: str = "auto"  # of matrix products: float32, bfloat16; auto: float32 on CPU only
-    remat: str = "none"  # recompute in the backward pass: none, dots (keep products), full
+    # Recomputed in the backward pass: none, dots (all but products), full; auto: dots on CPU only.
+    remat: str = "auto"
     freeze: tuple[str, ...] = ("position_embeddings",)  # regexes on parameter paths
 
 
@@ -266,7 +267,7 @@ def validate(config: Config) -> None:
                 f"a divisor of model.hidden_size = {model.hidden_size}")  # fmt: skip
     one_of("model.pooling", "", "mean", "cls", "last")
     one_of("model.dtype", "auto", "float32", "bfloat16")
-    one_of("model.remat", "none", "dots", "full")
+    one_of("model.remat", "auto", "none", "dots", "full")
     not_negative("model.embed_dim")
     require(model.dropout is None or 0 <= model.dropout < 1, "model.dropout", "None or in [0, 1)")
     for pattern in model.freeze:

@@ -103,9 +103,9 @@ def test_what_the_config_sets_comes_before_what_the_directory_says(exported):
     assert model.backbone.hidden_dropout == model.backbone.attention_dropout == 0.25
 
 
-def test_defaults_are_mean_pooling_dropout_as_published_and_float32_on_cpu():
+def test_defaults_are_mean_pooling_dropout_as_published_and_what_suits_a_cpu():
     model = build.build(small.config(pooling="")).model
-    assert (model.pooling, model.dtype) == ("mean", jnp.float32)
+    assert (model.pooling, model.dtype, model.remat) == ("mean", jnp.float32, "dots")
     assert model.backbone.hidden_dropout == model.backbone.attention_dropout == 0.1
 
 
