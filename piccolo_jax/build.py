@@ -97,6 +97,7 @@ def make_model(config: Config, spec: pretrained.Pretrained, platform: str) -> Em
         dtype=dtype,
         remat=remat,
         row_chunk=_CPU_ROW_CHUNK if on_cpu else 0,
+        kernels=platform == "tpu",
     )
 
 

@@ -6,7 +6,6 @@ the tokens of its own text only, by `segments`, and positions restart with each 
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -15,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from piccolo_jax.errors import UserError
-from piccolo_jax.sharding import BATCH_AXES, Rules, batch_shards, constrain
+from piccolo_jax.ops.attention import attention
+from piccolo_jax.ops.dropout import dropout, row_bits
+from piccolo_jax.sharding import BATCH_AXES, Rules, constrain
 
 ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
 
@@ -163,13 +164,14 @@ class BertEncoder(nn.Module):
     `remat` is what the backward pass recomputes: "none", "dots" (all but the products with
     parameters) or "full" (each layer from its input). `row_chunk` > 0 computes attention for so
     many rows at a time and recomputes it backwards: on CPU the scores then stay in the caches. It
-    takes effect where the rows are not split over devices.
+    takes effect where the rows are not split over devices. `kernels`: with those for TPUs.
     """
 
     config: BertConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     row_chunk: int = 0
+    kernels: bool = False
 
     @nn.compact
     def __call__(
@@ -226,42 +228,17 @@ class BertEncoder(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=config.num_layers,
         )
-        x, _ = layers(config, self.dtype, self.row_chunk, name="layers")(
+        x, _ = layers(config, self.dtype, self.row_chunk, self.kernels, name="layers")(
             x, segments, rows, None if keys is None else keys[:-1]
         )
         return x
-
-
-def dropout(
-    x: Float[Array, "R ..."], rate: float, key: Array, rows: Int[Array, " R"]
-) -> Float[Array, "R ..."]:
-    """Zeroes a share `rate` of x and divides the rest by 1 - rate.
-
-    Which ones depends on the key, the row's number and the place within the row alone: not on which
-    rows are computed together. The random bits are a hash of these three (lowbias32, see
-    github.com/skeeto/hash-prospector), which compilers fuse with what surrounds it; those of
-    jax.random take several times as long on CPU and pass through memory on TPU.
-    """
-    if rate == 0:
-        return x
-    key_bits = jax.random.bits(key, (2,), jnp.uint32)
-    row_bits = _hash(_hash(rows.astype(jnp.uint32) + key_bits[0]) + key_bits[1])
-    place = jax.lax.iota(jnp.uint32, math.prod(x.shape[1:])).reshape(1, *x.shape[1:])
-    # A Weyl sequence from the row's own start, so that rows aren't reorderings of each other.
-    bits = _hash(row_bits.reshape(-1, *[1] * (x.ndim - 1)) + place * jnp.uint32(0x9E3779B9))
-    return jnp.where(bits >= jnp.uint32(rate * 2**32), x / (1 - rate), 0)
-
-
-def _hash(x: Array) -> Array:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 class _Layer(nn.Module):
     config: BertConfig
     dtype: Any
     row_chunk: int
+    kernels: bool
 
     @nn.compact
     def __call__(
@@ -273,15 +250,13 @@ class _Layer(nn.Module):
     ) -> tuple[Float[Array, "R L H"], None]:
         config = self.config
         hidden = config.hidden_size
-        # Of attention, and of what is added after attention and after the inner layer.
-        drops: list[Callable[..., Array] | None] = [None] * 3
+        attention_bits: Array | None = None
+        drops: list[Callable[..., Array] | None] = [None, None]
         if key is not None:
-            rates = (config.attention_dropout, config.hidden_dropout, config.hidden_dropout)
-            drops = [
-                functools.partial(dropout, rate=rate, key=k)
-                for rate, k in zip(rates, jax.random.split(key, 3), strict=True)
-            ]
-        heads = config.num_heads
+            # Of attention, and of what is added after attention and after the inner layer.
+            attention_key, *keys = jax.random.split(key, 3)
+            attention_bits = row_bits(attention_key, rows)
+            drops = [functools.partial(dropout, rate=config.hidden_dropout, key=k) for k in keys]
         init = nn.initializers.normal(config.initializer_range)
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
 
@@ -295,46 +270,18 @@ class _Layer(nn.Module):
             return constrain(x.astype(self.dtype), BATCH_AXES, None, None)
 
         def split(name: str) -> jax.Array:
-            y = dense(hidden, name=name)(x).reshape(*x.shape[:2], heads, hidden // heads)
-            return constrain(y, BATCH_AXES, None, "tensor", None)
+            return constrain(dense(hidden, name=name)(x), BATCH_AXES, None, "tensor")
 
-        query, key, value = split("query"), split("key"), split("value")
-        y = _attend_rows((query, key, value, segments, rows), drops[0], self.row_chunk)
-        y = checkpoint_name(constrain(y.reshape(x.shape), BATCH_AXES, None, "tensor"), "context")
-        x = residual(x, dense(hidden, name="attention_output")(y), drops[1], "attention_norm")
+        y = attention(
+            split("query"), split("key"), split("value"), segments, attention_bits,
+            heads=config.num_heads, rate=config.attention_dropout, kernel=self.kernels,
+            row_chunk=self.row_chunk,
+        )  # fmt: skip
+        y = checkpoint_name(constrain(y, BATCH_AXES, None, "tensor"), "context")
+        x = residual(x, dense(hidden, name="attention_output")(y), drops[0], "attention_norm")
 
         y = dense(config.intermediate_size, name="intermediate")(x)
         # Recomputed backwards even without remat: its parts are kept for every layer otherwise.
         activation = jax.checkpoint(ACTIVATIONS[config.hidden_act], prevent_cse=False)
         y = constrain(activation(y), BATCH_AXES, None, "tensor")
-        return residual(x, dense(hidden, name="output")(y), drops[2], "output_norm"), None
-
-
-# Queries, keys and values [R, L, N, D], segments [R, L], numbers of rows [R].
-_Rows = tuple[Array, Array, Array, Array, Array]
-
-
-def _attend_rows(
-    arrays: _Rows, drop: Callable[..., Array] | None, row_chunk: int
-) -> Float[Array, "R L N D"]:
-    attend = functools.partial(_attend, drop=drop)
-    if row_chunk == 0 or batch_shards() > 1:
-        return attend(arrays)
-    return jax.lax.map(
-        jax.checkpoint(lambda row: attend(jax.tree.map(lambda a: a[None], row))[0]),
-        arrays,
-        batch_size=row_chunk if row_chunk > 1 else None,
-    )
-
-
-def _attend(arrays: _Rows, drop: Callable[..., Array] | None) -> Array:
-    """Scaled dot-product attention within segments; scores and softmax in float32."""
-    query, key, value, segments, rows = arrays
-    # Padding sees padding: a row of scores is never empty, so softmax is finite.
-    mask: Bool[Array, "R 1 L L"] = segments[:, None, :, None] == segments[:, None, None, :]
-    query = query * query.shape[-1] ** -0.5
-    scores = jnp.einsum("rqnd,rknd->rnqk", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-    if drop is not None:
-        weights = drop(weights, rows=rows)
-    return jnp.einsum("rnqk,rknd->rqnd", weights.astype(value.dtype), value)
+        return residual(x, dense(hidden, name="output")(y), drops[1], "output_norm"), None

@@ -39,7 +39,7 @@ def embedder_rules(model_type: str) -> Rules:
 class Embedder(nn.Module):
     """Embeds packed texts. Parameters: `backbone` and, unless embed_dim is 0, `scaling`.
 
-    For `dtype`, `remat` and `row_chunk` see BertEncoder.
+    For `dtype`, `remat`, `row_chunk` and `kernels` see BertEncoder.
     """
 
     backbone: bert.BertConfig
@@ -48,6 +48,7 @@ class Embedder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     row_chunk: int = 0
+    kernels: bool = False
 
     @nn.compact
     def __call__(
@@ -74,7 +75,7 @@ class Embedder(nn.Module):
         chunk. Raises ValueError if the rows of a shard can't be split so.
         """
         encoder = BACKBONES[self.backbone.model_type].encoder(
-            self.backbone, self.dtype, self.remat, self.row_chunk, name="backbone"
+            self.backbone, self.dtype, self.remat, self.row_chunk, self.kernels, name="backbone"
         )
 
         def pool(

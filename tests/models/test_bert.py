@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from piccolo_jax.errors import UserError
-from piccolo_jax.models.bert import BertConfig, BertEncoder, dropout
+from piccolo_jax.models.bert import BertConfig, BertEncoder
 from piccolo_jax.models.pretrained import load_params, read_spec
+from piccolo_jax.ops.dropout import dropout
 
 SIZES = {
     "vocab_size": 60,
