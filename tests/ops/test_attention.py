@@ -1,0 +1,42 @@
+"""The attention kernel for TPUs, in Pallas's interpreter, against the operations of XLA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from piccolo_jax.ops.attention import attention
+
+ROWS, LENGTH = 2, 32
+
+
+def arrays(hidden):
+    rng = np.random.default_rng(0)
+    query, key, value = rng.normal(size=(3, ROWS, LENGTH, hidden)).astype(np.float32)
+    # Texts of several lengths, and padding.
+    segments = np.array([[1] * 5 + [2] * 20 + [3] + [0] * 6, [1] * LENGTH], np.int32)
+    cotangent = rng.normal(size=(ROWS, LENGTH, hidden)).astype(np.float32)
+    return (query, key, value), segments, jnp.where(segments[..., None] > 0, cotangent, 0)
+
+
+@pytest.mark.parametrize(("heads", "hidden"), [(4, 256), (2, 256), (3, 48)])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_the_kernel_is_attention_in_value_and_gradient(heads, hidden, rate):
+    inputs, segments, cotangent = arrays(hidden)
+    bits = jnp.array([12345, 67890], jnp.uint32)
+
+    def run(kernel):
+        def scalar(inputs):
+            y = attention(*inputs, segments, bits, heads=heads, rate=rate, kernel=kernel)
+            return (y * cotangent).sum(), jnp.where(segments[..., None] > 0, y, 0)
+
+        (_, y), gradients = jax.value_and_grad(scalar, has_aux=True)(inputs)
+        return y, *gradients
+
+    expected = run(False)
+    with pltpu.force_tpu_interpret_mode():
+        actual = run(True)
+    for a, e in zip(actual, expected, strict=True):
+        # Sums of 32 terms in another order, exp2 in place of exp: a few bits of float32.
+        np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
