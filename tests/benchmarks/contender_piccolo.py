@@ -67,6 +67,7 @@ class Contender:
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self._state)
 
         def pipeline(micro_batches: int) -> tuple[Batches, CompiledSteps]:
+            config = _config(settings)
             config.train.micro_batches = micro_batches
             hidden = self._parts.model.backbone.hidden_size
             batches = Batches(config, stores, TASKS, hidden, 1, (0,))

@@ -143,6 +143,8 @@ def run(settings: Settings, names: list[str], rounds: int) -> dict[str, Any]:
                 reports[dataset][process.name].append(ask(process, "step", dataset, use))
     for process in processes:
         peaks[process.name] = max(peaks[process.name], ask(process, "peak"))
+    in_float32 = max([peaks[name] for name in names if "bf16" not in name], default=0.0)
+    machine = {name: peaks[name] if "bf16" in name else in_float32 for name in names}
     memory = {p.name: p.ask("peak_memory") for p in processes}
     prepare = {p.name: p.ask("prepare_seconds") for p in processes}
     bar.close()
@@ -151,7 +153,7 @@ def run(settings: Settings, names: list[str], rounds: int) -> dict[str, Any]:
     return {
         "datasets": {
             dataset: {
-                name: _summary(steps, warm_up[dataset][name], settings.batch, peaks[name])
+                name: _summary(steps, warm_up[dataset][name], settings.batch, machine[name])
                 for name, steps in by_name.items()
             }
             for dataset, by_name in reports.items()
