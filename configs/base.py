@@ -21,7 +21,7 @@ def get_config() -> Config:
     config.model.max_positions = 512
     config.model.embed_dim = 1792
     config.model.dtype = "bfloat16"
-    config.model.remat = "full"
+    config.train.micro_batches = 17  # 16 rows of 512 tokens at a time on a v5e 8x8 slice
     config.loss.dims = (256, 512, 768, 1024, 1280, 1536, 1792)
     config.data.datasets = (DatasetConfig(path="data/train_list.txt"),)
     config.data.query_max_length = 64

@@ -88,16 +88,16 @@ def make_model(config: Config, spec: pretrained.Pretrained, platform: str) -> Em
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
         model.dtype, jnp.float32 if on_cpu else jnp.bfloat16
     )
-    # On CPU activations go through memory, which takes longer than computing them again.
-    remat = model.remat if model.remat != "auto" else "dots" if on_cpu else "none"
+    scanned = on_cpu if model.scan_layers is None else model.scan_layers
     return Embedder(
         backbone,
         pooling=model.pooling or spec.pooling or "mean",
         embed_dim=model.embed_dim,
         dtype=dtype,
-        remat=remat,
+        remat=model.remat,
         row_chunk=_CPU_ROW_CHUNK if on_cpu else 0,
         kernels=platform == "tpu",
+        unrolled=not scanned,
     )
 
 
@@ -180,4 +180,6 @@ def _shapes(model: Embedder) -> Any:
 
 def _init(model: Embedder, key: jax.Array) -> Params:
     row = jnp.zeros((1, 8), jnp.int32)
-    return model.init(key, row, row, row, jnp.zeros(1, jnp.int32), num_segments=1)["params"]
+    return model.clone(unrolled=False).init(
+        key, row, row, row, jnp.zeros(1, jnp.int32), num_segments=1
+    )["params"]

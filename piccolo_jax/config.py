@@ -76,8 +76,10 @@ class ModelConfig:
     embed_dim: int = 1792  # width of the scaling layer; 0: none
     dropout: float | None = None  # None: the checkpoint's (0.1 for random weights)
     dtype: str = "auto"  # of matrix products: float32, bfloat16; auto: float32 on CPU only
-    # Recomputed in the backward pass: none, dots (all but products), full; auto: dots on CPU only.
-    remat: str = "auto"
+    # Recomputed in the backward pass: none, dots (all but products and attention), full.
+    remat: str = "dots"
+    # One program for all layers, which compiles faster and runs slower; None: on CPU only.
+    scan_layers: bool | None = None
     freeze: tuple[str, ...] = ("position_embeddings",)  # regexes on parameter paths
 
 
@@ -159,6 +161,7 @@ class TrainConfig:
     """How a step is computed."""
 
     # Chunks of packed rows encoded one after the other (gradient caching): same step, less memory.
+    # So many of the largest batch; smaller ones take as many as keep their chunks no larger.
     micro_batches: int = 1
 
 
@@ -216,7 +219,7 @@ class Config:
 # Fields that may differ between the runs of one workdir: they don't change what is learnt.
 _FREE_FIELDS = re.compile(
     r"checkpoint\..*|log\..*|eval\..*|mesh\..*|train\..*|data\.prepared_dir|model\.remat"
-    r"|loss\.block_size"
+    r"|model\.scan_layers|loss\.block_size"
 )
 
 
@@ -267,7 +270,7 @@ def validate(config: Config) -> None:
                 f"a divisor of model.hidden_size = {model.hidden_size}")  # fmt: skip
     one_of("model.pooling", "", "mean", "cls", "last")
     one_of("model.dtype", "auto", "float32", "bfloat16")
-    one_of("model.remat", "auto", "none", "dots", "full")
+    one_of("model.remat", "none", "dots", "full")
     not_negative("model.embed_dim")
     require(model.dropout is None or 0 <= model.dropout < 1, "model.dropout", "None or in [0, 1)")
     for pattern in model.freeze:

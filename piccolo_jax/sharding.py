@@ -7,7 +7,7 @@ and `tensor` by rules (regex on the parameter's path, PartitionSpec), first matc
 import collections
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -86,8 +86,12 @@ def batch_shards_of(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
 
 
 def batch_shards() -> int:
-    """Number of parts into which rows and texts are split on the mesh in context; 1 without one."""
-    return batch_shards_of(jax.sharding.get_abstract_mesh())
+    """Number of parts into which rows and texts are split on the mesh in context; 1 without one.
+
+    Inside over_data() these are the parts of one part of `data`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.auto_axes)
 
 
 def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
@@ -96,9 +100,31 @@ def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     An entry whose mesh size doesn't divide its dimension is dropped: x is whole along it.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not mesh.auto_axes:
         return x
-    return jax.lax.with_sharding_constraint(x, _divisible(mesh, x.shape, spec))
+    entries = (((e,) if isinstance(e, str) else e or ()) for e in spec)
+    auto = [tuple(axis for axis in entry if axis in mesh.auto_axes) or None for entry in entries]
+    return jax.lax.with_sharding_constraint(x, _divisible(mesh, x.shape, auto))
+
+
+def over_data(f: Callable[..., jax.Array], whole: int) -> Callable[..., jax.Array]:
+    """f, run by each part of the mesh's axis `data` on its own part of the arrays' first axis.
+
+    Its first `whole` arguments are not split; their gradients are summed over the parts at the end,
+    by one all-reduce. The result is split like the arrays. Other axes stay the compiler's.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["data"] == 1:
+        return f
+    split, rest = PartitionSpec("data"), (PartitionSpec(),) * whole
+
+    def run(*arguments: Any) -> jax.Array:
+        specs = (*rest, *[split] * (len(arguments) - whole))
+        return jax.shard_map(
+            f, in_specs=specs, out_specs=split, axis_names={"data"}, check_vma=False
+        )(*arguments)
+
+    return run
 
 
 def param_shardings(

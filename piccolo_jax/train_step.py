@@ -18,9 +18,13 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_step(
-    model: Embedder, task: Task, config: Config, optimizer: optax.GradientTransformation
+    model: Embedder,
+    task: Task,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    chunks: int = 1,
 ) -> Step:
-    """The step of one task type. Jit it under the mesh, with the state donated.
+    """The step of one task type, encoding in `chunks`. Jit it under the mesh, the state donated.
 
     Metrics: `loss` with the task's weight, `grad_norm` over trained parameters before clipping,
     and what the loss reports.
@@ -35,7 +39,7 @@ def make_step(
                 params,
                 optim.frozen(params, config.model.freeze),
             )
-            embeddings = encode(model, params, batch, dropout, config.train.micro_batches)
+            embeddings = encode(model, params, batch, dropout, chunks)
             return task.loss(embeddings, batch, config.loss)
 
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -60,9 +64,9 @@ class CompiledSteps:
         shardings: TrainState,
     ):
         self._mesh, self._shardings = mesh, shardings
-        self._steps = {
-            name: make_step(model, task, config, optimizer) for name, task in tasks.items()
-        }
+        self._make_step = lambda task, chunks: make_step(
+            model, tasks[task], config, optimizer, chunks
+        )
         self._programs: dict[tuple[str, Shape], jax.stages.Compiled] = {}
 
     def get(
@@ -76,7 +80,9 @@ class CompiledSteps:
         whole = NamedSharding(self._mesh, PartitionSpec())
         with jax.set_mesh(self._mesh):
             step = jax.jit(
-                self._steps[task], donate_argnums=0, out_shardings=(self._shardings, whole)
+                self._make_step(task, shape.chunks),
+                donate_argnums=0,
+                out_shardings=(self._shardings, whole),
             )
             self._programs[key] = step.lower(state, batch).compile()
         return self._programs[key], time.monotonic() - started

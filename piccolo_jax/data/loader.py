@@ -57,8 +57,8 @@ class Batches:
       shards: parts into which rows and texts are split; local_shards: those of this process.
       quiet: without a progress bar.
 
-    Raises UserError if a dataset has fewer rows than a batch, or its batches fewer packed rows than
-    config.train.micro_batches.
+    Raises UserError if a dataset has fewer rows than a batch, or the largest batches fewer packed
+    rows than config.train.micro_batches.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Batches:
             range(len(self.stores)), desc="planning batches", unit=" datasets", leave=False,
             disable=quiet,
         )  # fmt: skip
-        self.plans = [self._plan(d, hidden_size) for d in bar]
+        self.plans = self._in_chunks([self._needed(d, hidden_size) for d in bar])
 
     def start(self, first_step: int, stop_step: int) -> Iterator[HostBatch]:
         """Batches of steps first_step..stop_step - 1, read ahead by threads."""
@@ -107,7 +107,7 @@ class Batches:
         lengths = store.lengths[texts]
         planned = self.plans[dataset].shape
         layout = packing.plan_layout(lengths, planned.length, self._shards)
-        shape = _smallest_fitting(planned, layout, self._config.train.micro_batches)
+        shape = _smallest_fitting(planned, layout)
         index = packing.text_index(layout, shape)
         text_arrays = self._tasks[store.task].text_arrays
         sharded = packing.fill(
@@ -145,8 +145,8 @@ class Batches:
         pointers = {name: np.searchsorted(texts, ids) for name, ids in masked.items()}
         return texts, arrays | pointers
 
-    def _plan(self, dataset: int, hidden_size: int) -> Plan:
-        """The shape that holds a dataset's first batches at the least cost.
+    def _needed(self, dataset: int, hidden_size: int) -> tuple[packing.Shape, float]:
+        """The shape that holds a dataset's first batches at the least cost, and a shard's tokens.
 
         A token costs 6 hidden_size + row length, in units of 4 hidden_size operations a layer: its
         products, and attention over its row.
@@ -155,26 +155,42 @@ class Batches:
         lengths = [self.stores[dataset].lengths[texts] for texts in batches]
         tokens = float(np.mean([n.sum() for n in lengths]))
         longest = self.stores[dataset].manifest["longest_tokens"]
-        chunks = self._config.train.micro_batches
-        choices, most = [], 0
+        choices = []
         for length in [n for n in _ROW_LENGTHS if n >= longest][:3] or [longest]:
             layouts = [packing.plan_layout(n, length, self._shards) for n in lengths]
-            needed = max(layout.rows_needed for layout in layouts)
-            most = max(most, needed)
-            if needed < chunks:
-                continue
-            rows = _round_up(needed, chunks)
+            rows = max(layout.rows_needed for layout in layouts)
             texts = _round_up(max(layout.texts_needed for layout in layouts))
-            cost = rows * length * (6 * hidden_size + length)
-            fill = tokens / (self._shards * rows * length)
-            choices.append((cost, Plan(packing.Shape(length=length, rows=rows, texts=texts), fill)))
-        if not choices:
+            cost = _round_up(rows) * length * (6 * hidden_size + length)
+            shape = packing.Shape(length=length, rows=rows, texts=texts)
+            choices.append((cost, shape))
+        shape = min(choices, key=lambda choice: choice[0])[1]
+        return shape, tokens / self._shards
+
+    def _in_chunks(self, needed: list[tuple[packing.Shape, float]]) -> list[Plan]:
+        """Plans with rows in equal chunks: config.train.micro_batches of the largest batch.
+
+        The others are in as many as keep their chunks no larger.
+        """
+        most = self._config.train.micro_batches
+        largest = max(range(len(needed)), key=lambda d: _slots(needed[d][0]))
+        rows, slots = needed[largest][0].rows, _slots(needed[largest][0])
+        if rows < most:
             raise UserError(
-                f"config.train.micro_batches = {chunks}: a batch of dataset"
-                f" {self.stores[dataset].name} fills only {most} rows on a device, which are not"
-                f" that many chunks; make it at most {most}, or config.batch_size larger"
+                f"config.train.micro_batches = {most}: a batch of dataset"
+                f" {self.stores[largest].name} fills only {rows} rows on a device, which are not"
+                f" that many chunks; make it at most {rows}, or config.batch_size larger"
             )
-        return min(choices, key=lambda choice: choice[0])[1]
+        plans = []
+        for shape, tokens in needed:
+            chunks = min(math.ceil(most * _slots(shape) / slots), shape.rows)
+            rows = _round_up(shape.rows, chunks)
+            shape = dataclasses.replace(shape, rows=rows, chunks=chunks)
+            plans.append(Plan(shape, tokens / _slots(shape)))
+        return plans
+
+
+def _slots(shape: packing.Shape) -> int:
+    return shape.rows * shape.length
 
 
 def _planned_batches(config: Config) -> int:
@@ -188,13 +204,13 @@ def _round_up(n: int, multiple: int = 1) -> int:
     return math.ceil(units / unit) * unit * multiple
 
 
-def _smallest_fitting(planned: packing.Shape, layout: packing.Layout, chunks: int) -> packing.Shape:
+def _smallest_fitting(planned: packing.Shape, layout: packing.Layout) -> packing.Shape:
     """The planned shape, or the first of a geometric ladder above it that holds the layout."""
     shape = planned
     while shape.rows < layout.rows_needed or shape.texts < layout.texts_needed:
         shape = dataclasses.replace(
             shape,
-            rows=_round_up(math.ceil(shape.rows * _GROWTH), chunks),
+            rows=_round_up(math.ceil(shape.rows * _GROWTH), shape.chunks),
             texts=_round_up(math.ceil(shape.texts * _GROWTH)),
         )
     return shape

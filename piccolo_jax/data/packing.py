@@ -13,11 +13,15 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Shape:
-    """Static sizes of a batch, per shard: rows, tokens per row, text slots."""
+    """Static sizes of a batch, per shard: rows, tokens per row, text slots.
+
+    The rows are encoded in that many `chunks`, which divide them.
+    """
 
     length: int
     rows: int
     texts: int
+    chunks: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from piccolo_jax.errors import UserError
 from piccolo_jax.ops.attention import attention
 from piccolo_jax.ops.dropout import dropout, row_bits
+from piccolo_jax.ops.gelu import gelu
 from piccolo_jax.sharding import BATCH_AXES, Rules, constrain
 
 ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
@@ -29,6 +30,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
+
+_KEPT = "kept"  # what remat="dots" doesn't compute again
 
 # Column-parallel into heads and the inner dimension, row-parallel out of them; axis 0 of what is in
 # `layers` is the layer.
@@ -162,9 +165,12 @@ class BertEncoder(nn.Module):
     """Token ids to hidden states. Parameters are float32, matrix products in `dtype`.
 
     `remat` is what the backward pass recomputes: "none", "dots" (all but the products with
-    parameters) or "full" (each layer from its input). `row_chunk` > 0 computes attention for so
-    many rows at a time and recomputes it backwards: on CPU the scores then stay in the caches. It
-    takes effect where the rows are not split over devices. `kernels`: with those for TPUs.
+    parameters and attention) or "full" (each layer from its input). `row_chunk` > 0 computes
+    attention for so many rows at a time and recomputes it backwards: on CPU the scores then stay in
+    the caches. It takes effect where the rows are not split over devices. `kernels`: with those for
+    TPUs. `unrolled`: each layer is compiled by itself instead of one for all, which takes longer to
+    compile and spares moving activations and gradients in and out of arrays over all layers; its
+    parameters are those of unstack().
     """
 
     config: BertConfig
@@ -172,6 +178,7 @@ class BertEncoder(nn.Module):
     remat: str = "none"
     row_chunk: int = 0
     kernels: bool = False
+    unrolled: bool = False
 
     @nn.compact
     def __call__(
@@ -204,9 +211,7 @@ class BertEncoder(nn.Module):
         places = table(config.max_positions + config.position_offset, "position_embeddings")
         types = table(config.type_vocab_size, "token_type_embeddings")
         x = words[tokens] + places[positions + config.position_offset] + types[0]
-        x = nn.LayerNorm(
-            config.layer_norm_eps, use_fast_variance=False, name="embeddings_norm"
-        )(x)  # fmt: skip
+        x = _layer_norm(config, self.dtype, "embeddings_norm")(x)
         if keys is not None:
             x = dropout(x, config.hidden_dropout, keys[-1], rows)
         x = constrain(x.astype(self.dtype), BATCH_AXES, None, None)
@@ -214,13 +219,16 @@ class BertEncoder(nn.Module):
         layer = _Layer
         if self.remat != "none":
             policy = {
-                "dots": jax.checkpoint_policies.save_from_both_policies(
-                    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-                    jax.checkpoint_policies.save_only_these_names("context"),
-                ),
+                "dots": jax.checkpoint_policies.save_only_these_names(_KEPT),
                 "full": jax.checkpoint_policies.nothing_saveable,
             }[self.remat]
             layer = nn.remat(_Layer, policy=policy, prevent_cse=False)
+        arguments = (config, self.dtype, self.row_chunk, self.kernels)
+        if self.unrolled:
+            for i in range(config.num_layers):
+                layer_key = None if keys is None else keys[i]
+                x, _ = layer(*arguments, name=f"layer_{i}")(x, segments, rows, layer_key)
+            return x
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -228,10 +236,19 @@ class BertEncoder(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=config.num_layers,
         )
-        x, _ = layers(config, self.dtype, self.row_chunk, self.kernels, name="layers")(
+        x, _ = layers(*arguments, name="layers")(
             x, segments, rows, None if keys is None else keys[:-1]
         )
         return x
+
+
+def unstack(params: Any, num_layers: int) -> Any:
+    """Parameters with `layers` as the `layer_N` of an unrolled BertEncoder."""
+    rest = {name: tree for name, tree in params.items() if name != "layers"}
+    return rest | {
+        f"layer_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+        for i in range(num_layers)
+    }
 
 
 class _Layer(nn.Module):
@@ -257,31 +274,69 @@ class _Layer(nn.Module):
             attention_key, *keys = jax.random.split(key, 3)
             attention_bits = row_bits(attention_key, rows)
             drops = [functools.partial(dropout, rate=config.hidden_dropout, key=k) for k in keys]
-        init = nn.initializers.normal(config.initializer_range)
-        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
+        dense = functools.partial(_Dense, config.initializer_range, self.dtype)
 
-        def residual(
-            x: jax.Array, update: jax.Array, drop: Callable[..., Array] | None, name: str
+        def product(x: jax.Array, features: int, name: str) -> jax.Array:
+            y = constrain(dense(features, name=name)(x), BATCH_AXES, None, "tensor")
+            return checkpoint_name(y, _KEPT)
+
+        def add_and_norm(
+            x: jax.Array, y: jax.Array, drop: Callable[..., Array] | None, name: str
         ) -> jax.Array:
             if drop is not None:
-                update = drop(update, rows=rows)
-            norm = nn.LayerNorm(config.layer_norm_eps, use_fast_variance=False, name=name)
-            x = norm(x.astype(jnp.float32) + update.astype(jnp.float32))
-            return constrain(x.astype(self.dtype), BATCH_AXES, None, None)
+                y = drop(y, rows=rows)
+            # Rounded here, so that the norm reads the sum and doesn't compute it again.
+            x = checkpoint_name((x.astype(jnp.float32) + y).astype(self.dtype), _KEPT)
+            x = _layer_norm(config, self.dtype, name)(x).astype(self.dtype)
+            return constrain(x, BATCH_AXES, None, None)
 
-        def split(name: str) -> jax.Array:
-            return constrain(dense(hidden, name=name)(x), BATCH_AXES, None, "tensor")
-
+        query, key, value = (product(x, hidden, name) for name in ("query", "key", "value"))
         y = attention(
-            split("query"), split("key"), split("value"), segments, attention_bits,
+            query, key, value, segments, attention_bits,
             heads=config.num_heads, rate=config.attention_dropout, kernel=self.kernels,
             row_chunk=self.row_chunk,
         )  # fmt: skip
-        y = checkpoint_name(constrain(y, BATCH_AXES, None, "tensor"), "context")
-        x = residual(x, dense(hidden, name="attention_output")(y), drops[0], "attention_norm")
+        y = checkpoint_name(constrain(y, BATCH_AXES, None, "tensor"), _KEPT)
+        x = add_and_norm(x, dense(hidden, name="attention_output")(y), drops[0], "attention_norm")
 
-        y = dense(config.intermediate_size, name="intermediate")(x)
+        y = _not_fused(product(x, config.intermediate_size, "intermediate"))
+        exact = self.dtype == jnp.float32 or config.hidden_act != "gelu"
+        activation = ACTIVATIONS[config.hidden_act] if exact else gelu
         # Recomputed backwards even without remat: its parts are kept for every layer otherwise.
-        activation = jax.checkpoint(ACTIVATIONS[config.hidden_act], prevent_cse=False)
-        y = constrain(activation(y), BATCH_AXES, None, "tensor")
-        return residual(x, dense(hidden, name="output")(y), drops[1], "output_norm"), None
+        y = jax.checkpoint(activation, prevent_cse=False)(y)
+        y = constrain(y, BATCH_AXES, None, "tensor")
+        return add_and_norm(x, dense(hidden, name="output")(y), drops[1], "output_norm"), None
+
+
+class _Dense(nn.Module):
+    """x @ kernel in `dtype`, and the bias, whose gradient is a long sum, in float32."""
+
+    initializer_range: float
+    dtype: Any
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "R L I"]) -> Float[Array, "R L O"]:
+        init = nn.initializers.normal(self.initializer_range)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = jnp.dot(x, kernel.astype(self.dtype)).astype(jnp.float32) + bias
+        return y.astype(self.dtype)
+
+
+def _layer_norm(config: BertConfig, dtype: Any, name: str) -> nn.LayerNorm:
+    """With float32 statistics; of bfloat16, mean and variance in one pass."""
+    return nn.LayerNorm(config.layer_norm_eps, use_fast_variance=dtype != jnp.float32, name=name)
+
+
+@jax.custom_vjp
+def _not_fused(x: Array) -> Array:
+    """x, computed apart from what follows.
+
+    XLA for TPUs else puts both products of the inner layer in one operation, a fifth slower than
+    the two.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
+_not_fused.defvjp(lambda x: (_not_fused(x), None), lambda _, gradient: (gradient,))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from piccolo_jax.data.packing import num_segments
 from piccolo_jax.models import bert
-from piccolo_jax.sharding import BATCH_AXES, Rules, batch_shards, constrain
+from piccolo_jax.sharding import BATCH_AXES, Rules, batch_shards, constrain, over_data
 from piccolo_jax.types import Batch, Params
 
 POOLINGS = ("mean", "cls", "last")
@@ -39,7 +39,7 @@ def embedder_rules(model_type: str) -> Rules:
 class Embedder(nn.Module):
     """Embeds packed texts. Parameters: `backbone` and, unless embed_dim is 0, `scaling`.
 
-    For `dtype`, `remat`, `row_chunk` and `kernels` see BertEncoder.
+    For `dtype` and what follows see BertEncoder.
     """
 
     backbone: bert.BertConfig
@@ -49,6 +49,7 @@ class Embedder(nn.Module):
     remat: str = "none"
     row_chunk: int = 0
     kernels: bool = False
+    unrolled: bool = False
 
     @nn.compact
     def __call__(
@@ -57,6 +58,7 @@ class Embedder(nn.Module):
         segments: Int[Array, "R L"],
         positions: Int[Array, "R L"],
         text_slots: Int[Array, " N"],
+        rows: Int[Array, " R"] | None = None,
         *,
         num_segments: int,
         dropout: Array | None = None,
@@ -64,7 +66,8 @@ class Embedder(nn.Module):
     ) -> Float[Array, "N D"]:
         """Embeddings in float32, not normalised, of the texts at `text_slots`.
 
-        `dropout` is the key of its random numbers; None: without.
+        `dropout` is the key of its random numbers; None: without. `rows` are the numbers of the
+        rows in the whole batch; None: from 0 on.
 
         A slot is row * num_segments + segment - 1. All arrays are global; R and N are each split
         evenly over batch_shards() shards, and the slots of a shard point at rows of that shard.
@@ -75,8 +78,9 @@ class Embedder(nn.Module):
         chunk. Raises ValueError if the rows of a shard can't be split so.
         """
         encoder = BACKBONES[self.backbone.model_type].encoder(
-            self.backbone, self.dtype, self.remat, self.row_chunk, self.kernels, name="backbone"
-        )
+            self.backbone, self.dtype, self.remat, self.row_chunk, self.kernels, self.unrolled,
+            name="backbone",
+        )  # fmt: skip
 
         def pool(
             encoder: nn.Module, pooled: jax.Array, chunk: tuple[jax.Array, ...]
@@ -93,7 +97,7 @@ class Embedder(nn.Module):
             grid = constrain(grid, BATCH_AXES, None, None)
             return _take_texts(grid, rows, text_slots, len(all_rows), pooled), None
 
-        all_rows = jnp.arange(len(tokens), dtype=text_slots.dtype)
+        all_rows = jnp.arange(len(tokens), dtype=text_slots.dtype) if rows is None else rows
         arrays = (tokens, segments, positions, all_rows)
         x = constrain(jnp.zeros((text_slots.size, self.backbone.hidden_size)), BATCH_AXES, None)
         if micro_batches == 1:
@@ -125,18 +129,28 @@ def encode(
     dropout: jax.Array | None = None,
     micro_batches: int = 1,
 ) -> Float[Array, "N D"]:
-    """Embeddings of a batch's texts; see Embedder."""
-    embeddings = model.apply(
-        {"params": params},
-        batch["tokens"],
-        batch["segments"],
-        batch["positions"],
-        batch["text_slots"],
-        num_segments=num_segments(batch["tokens"].shape[1]),
-        dropout=dropout,
-        micro_batches=micro_batches,
-    )
-    return cast(jax.Array, embeddings)
+    """Embeddings of a batch's texts, sharded like them; see Embedder.
+
+    Each part of the mesh's axis `data` encodes its own rows and sums the gradient of the parameters
+    over all chunks before the parts are added: one all-reduce a step, in float32.
+    """
+
+    def apply(params: Params, dropout: jax.Array | None, *arrays: jax.Array) -> jax.Array:
+        if model.unrolled:  # here, so that each layer's gradient is summed over the chunks in place
+            layers = model.backbone.num_layers
+            params = params | {"backbone": bert.unstack(params["backbone"], layers)}
+        embeddings = model.apply(
+            {"params": params},
+            *arrays,
+            num_segments=num_segments(batch["tokens"].shape[1]),
+            dropout=dropout,
+            micro_batches=micro_batches,
+        )
+        return cast(jax.Array, embeddings)
+
+    rows = jnp.arange(len(batch["tokens"]), dtype=jnp.int32)
+    arrays = (*(batch[n] for n in ("tokens", "segments", "positions", "text_slots")), rows)
+    return over_data(apply, whole=2)(params, dropout, *arrays)
 
 
 def pooling_weights(

@@ -78,7 +78,7 @@ def _over_mesh(
     if row_bits is None:
         row_bits, rate = jnp.zeros(len(query), jnp.uint32), 0.0
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not mesh.auto_axes:
         return _attention(query, key, value, segments, row_bits, heads, rate)
     parts = mesh.shape.get("tensor", 1)
     if heads % parts:
@@ -92,12 +92,14 @@ def _over_mesh(
             row_bits = row_bits + first * WEYL
         return _attention(query, key, value, segments, row_bits, here, rate)
 
-    rows = P(BATCH_AXES)
-    of_heads = P(BATCH_AXES, None, "tensor" if parts > 1 else None)
+    split = tuple(axis for axis in BATCH_AXES if axis in mesh.auto_axes)
+    rows = P(split)
+    of_heads = P(split, None, "tensor" if parts > 1 else None)
     return jax.shard_map(
         local,
         in_specs=(of_heads, of_heads, of_heads, rows, rows),
         out_specs=of_heads,
+        axis_names=set(mesh.auto_axes),
         check_vma=False,
     )(query, key, value, segments, row_bits)
 

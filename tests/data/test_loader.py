@@ -357,7 +357,7 @@ def test_the_ladder_of_shapes_is_short_and_grows_by_a_bounded_factor():
     planned = Shape(length=64, rows=20, texts=100)
     need = dataclasses.make_dataclass("Need", ["rows_needed", "texts_needed"])
     needs = [need(rows, texts) for rows in range(1, 2000, 7) for texts in range(1, 9000, 501)]
-    shapes = [loader._smallest_fitting(planned, n, 1) for n in needs]
+    shapes = [loader._smallest_fitting(planned, n) for n in needs]
     for shape, n in zip(shapes, needs, strict=True):
         assert shape.rows >= n.rows_needed
         assert shape.texts >= n.texts_needed
@@ -381,7 +381,7 @@ def test_rows_come_in_equal_chunks_or_the_run_is_refused(batches):
     for chunks in (3, 4):
         chunked = batches("retrieval", chunks=chunks)
         assert chunked.plans[0].shape.rows % chunks == 0
-        chunked.plans[0] = loader.Plan(Shape(length=128, rows=chunks, texts=7), 1.0)
+        chunked.plans[0] = loader.Plan(Shape(length=128, rows=chunks, texts=7, chunks=chunks), 1.0)
         assert all(chunked.at(step).shape.rows % chunks == 0 for step in range(5))
     with pytest.raises(UserError, match=r"train\.micro_batches = 1000: .* make it at most \d+, or"):
         batches("retrieval", chunks=1000)

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from piccolo_jax.errors import UserError
-from piccolo_jax.models.bert import BertConfig, BertEncoder
+from piccolo_jax.models.bert import BertConfig, BertEncoder, unstack
 from piccolo_jax.models.pretrained import load_params, read_spec
 from piccolo_jax.ops.dropout import dropout
 
@@ -129,6 +129,8 @@ def loss():
 
     def loss(params, dropout=False, config=TINY, **options):
         key = jax.random.key(1) if dropout else None
+        if options.get("unrolled"):
+            params = {"params": unstack(params["params"], config.num_layers)}
         hidden = BertEncoder(config, **options).apply(params, *arrays, key=key)
         return jnp.where(arrays[1][..., None] > 0, hidden * target, 0).sum()
 
@@ -158,9 +160,10 @@ def assert_same(actual, expected, tolerance=1e-5):
         {"remat": "dots"},
         {"remat": "full", "row_chunk": 1},
         {"row_chunk": 2},  # doesn't divide the 5 rows
+        {"unrolled": True, "remat": "dots"},
     ],
 )
-def test_rematerialisation_and_row_chunks_change_no_value_and_no_gradient(
+def test_rematerialisation_row_chunks_and_unrolling_change_no_value_and_no_gradient(
     loss, params, plain, options
 ):
     assert_same(value_and_grad(loss, params, **options), plain)
