@@ -118,7 +118,7 @@ def _preview(plan: Plan) -> str:
         first = templates.ask_topics(plan.seed, place, plan.topics_per_request)
         parts.append(f"--- {language}: topics\n{first}")
         for generation, topic in enumerate((plan.topics or templates.topic_examples)[:3]):
-            drawn = templates.draw_attributes(plan.seed, place, generation)
+            drawn = templates.draw_attributes(plan.seed, place, generation, plan.per_topic)
             prompt = templates.ask_example(topic, drawn)
             parts.append(f"--- {language}: example {generation}\n{prompt}")
     return "\n\n".join(parts)

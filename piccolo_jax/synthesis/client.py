@@ -91,9 +91,9 @@ class Endpoint:
         self.answered = 0
         self.failures: collections.Counter[str] = collections.Counter()
         # A request without a key carries no header for it.
-        headers: Any = {} if self._key else {"Authorization": openai.Omit()}
+        self._headers = {} if self._key else {"Authorization": openai.Omit()}
         self._client = openai.AsyncOpenAI(
-            base_url=options.url, api_key=self._key or "none", default_headers=headers,
+            base_url=options.url, api_key=self._key or "none",
             max_retries=0, timeout=openai.Timeout(options.timeout, connect=_CONNECT_SECONDS),
         )  # fmt: skip
 
@@ -165,8 +165,9 @@ class Endpoint:
         try:
             async with asyncio.timeout(self.options.timeout):  # httpx's begins anew with each byte
                 response = await create(
-                    model=self.options.model, messages=messages, extra_body=fields
-                )
+                    model=self.options.model, messages=messages, extra_body=fields,
+                    extra_headers=self._headers,
+                )  # fmt: skip
         except (TimeoutError, openai.APITimeoutError):
             reason = f"no answer in {self.options.timeout:g} seconds"
             raise _FailedTryError("timeout", reason) from None

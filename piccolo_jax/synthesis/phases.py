@@ -43,7 +43,7 @@ class Plan:
         """The attributes of an example."""
         topic, generation = divmod(number, self.per_topic)
         prompts = self.prompts[self.language_of(topic)]
-        return prompts.draw_attributes(self.seed, topic, generation)
+        return prompts.draw_attributes(self.seed, topic, generation, self.per_topic)
 
     def example_language(self, number: int) -> str:
         """The language of an example."""

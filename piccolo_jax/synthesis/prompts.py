@@ -52,15 +52,15 @@ class Prompts:
         """What is said to an answer that can't be used."""
         return self.repair.substitute(error=error)
 
-    def draw_attributes(self, seed: int, topic: int, generation: int) -> dict[str, str]:
-        """Attributes of the generation-th example of the topic-th topic.
+    def draw_attributes(self, seed: int, topic: int, generation: int, of: int) -> dict[str, str]:
+        """Attributes of the generation-th of so many examples of the topic-th topic.
 
         Every combination is as likely as any other; a topic has none twice before it has had all.
         """
         combinations = math.prod(map(len, self.attributes.values()))
         turn, place = divmod(generation, combinations)
         rng = random.Random(f"attributes/{seed}/{topic}/{turn}")
-        index = rng.sample(range(combinations), place + 1)[place]
+        index = rng.sample(range(combinations), min(of, combinations))[place]
         drawn = {}
         for name, values in self.attributes.items():
             index, value = divmod(index, len(values))

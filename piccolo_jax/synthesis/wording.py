@@ -64,9 +64,9 @@ class SeenTexts:
     def __init__(self, threshold: float):
         self._threshold = threshold
         self._texts: list[str] = []
-        # Candidates cost little, so those missed weigh more.
+        # Candidates cost little and those missed stay, so the index takes what is a bit less alike.
         self._index = datasketch.MinHashLSH(
-            threshold=threshold, num_perm=_PERMUTATIONS, weights=(0.1, 0.9)
+            threshold=min(0.85 * threshold, 0.8), num_perm=_PERMUTATIONS, weights=(0.1, 0.9)
         )
 
     def find(self, text: str) -> str | None:

@@ -142,7 +142,9 @@ class ChatServer:
         try:
             reply = self.behave(prompt, n)
             time.sleep(reply.delay)
-            content = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+            content = (
+                reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+            )
             headers = {"Content-Type": "application/json", **reply.headers}
             handler.send_response(reply.status)
             for name, value in headers.items():
