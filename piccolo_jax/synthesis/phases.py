@@ -145,7 +145,10 @@ class Synthesis:
             )  # fmt: skip
             asked += batch
             found = self._topics_of(asked)
-            dry = 0 if len(found) > len(topics) else dry + 1
+            if len(found) > len(topics):
+                dry = 0
+            else:  # a round that got no answer at all says nothing of the model
+                dry += any(self.journal.of("topics", n).settled for n in batch)
             topics = found
         return topics[:needed]
 

@@ -44,7 +44,7 @@ def make(
             "timed out": spending.lost_tokens,
             "total": spending.total,
             "of these estimated": spending.estimated_tokens + spending.lost_tokens,
-            "budget": spending.budget,
+            **({"budget": spending.budget} if spending.budget else {}),
         },
         "cost": _cost(journal, prices, len(kept)),
         "this run": {"answers": endpoint.answered, "failed tries": dict(endpoint.failures)},

@@ -6,6 +6,7 @@ import http.server
 import json
 import random
 import re
+import string
 import threading
 import time
 
@@ -16,6 +17,13 @@ def han(seed, length):
     """Chinese characters that no other seed gives."""
     rng = random.Random(seed)
     return "".join(chr(rng.randrange(0x4E00, 0x9F00)) for _ in range(length))
+
+
+def english(seed, length):
+    """Words of Latin letters that no other seed gives."""
+    rng = random.Random(seed)
+    letters = string.ascii_lowercase
+    return " ".join("".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(length))
 
 
 def example(seed):
@@ -75,7 +83,7 @@ def error(status, message="no", code=None, **options):
 
 
 class ChatServer:
-    """Answers by `behave(prompt, n)`: the last user message, and how often it was sent before.
+    """Answers by `behave(prompt, n)`: the first message, and how often it was sent before.
 
     `requests` are the bodies of all requests as they came, `headers` their headers, `times` when.
     """
@@ -91,7 +99,7 @@ class ChatServer:
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_POST(self):  # noqa: N802
+            def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer._answer(self, body)
 
@@ -121,7 +129,7 @@ class ChatServer:
 
     @property
     def prompts(self):
-        """The last user message of each request."""
+        """The first message of each request."""
         return [prompt_of(body) for body in self.requests]
 
     def forget(self):
@@ -159,4 +167,5 @@ class ChatServer:
 
 
 def prompt_of(body):
-    return [m["content"] for m in body["messages"] if m["role"] == "user"][-1]
+    """The request's own message; what is asked again follows it."""
+    return body["messages"][0]["content"]

@@ -1,22 +1,12 @@
-import random
-
-import chat_server
 import pytest
+from chat_server import english, example, han
 
 from piccolo_jax.synthesis import filters, wording
 from piccolo_jax.synthesis.filters import Dropped, Limits, Row
 
-WORDS = ("river stone garden letter window market silver captain morning shadow bridge"
-         " forest coffee music winter paper island doctor engine yellow").split()  # fmt: skip
-
-
-def english(seed, length=30):
-    rng = random.Random(seed)
-    return " ".join(rng.choice(WORDS) for _ in range(length))
-
 
 def row(number=0, language="zh", query=None, positive=None, negative=None):
-    made = chat_server.example(number)
+    made = example(number)
     return Row(number, language, "t", query or made["user_query"],
                positive or made["positive_document"],
                negative or made["hard_negative_document"])  # fmt: skip
@@ -28,13 +18,9 @@ def rules(rows, **limits):
     return [item.rule if isinstance(item, Dropped) else None for item in items]
 
 
-def han(seed, length):
-    return chat_server.han(seed, length)
-
-
 def test_good_rows_in_both_languages_are_kept():
     rows = [row(n) for n in range(20)]
-    rows += [row(20 + n, "en", english(f"q{n}", 6), english(f"p{n}"), english(f"n{n}"))
+    rows += [row(20 + n, "en", english(f"q{n}", 6), english(f"p{n}", 30), english(f"n{n}", 30))
              for n in range(5)]  # fmt: skip
     assert list(filters.apply(rows, Limits())) == rows
 
@@ -65,23 +51,23 @@ def test_lengths_count_chinese_characters_and_words_of_other_scripts():
 @pytest.mark.parametrize(
     ("language", "fields", "dropped"),
     [
-        ("zh", {"positive": english(1)}, True),
-        ("zh", {"negative": english(1)}, True),
+        ("zh", {"positive": english(1, 30)}, True),
+        ("zh", {"negative": english(1, 30)}, True),
         ("zh", {"query": "what is this"}, True),
         ("zh", {"query": "iPhone 15 Pro Max 参数"}, False),
         ("zh", {"positive": "これはにほんごのぶんしょうです" + han(1, 5)}, True),
         ("zh", {"positive": "1234 5678 91 23 45 67 89 01 23 45 67"}, True),
         ("en", {"positive": han(1, 60)}, True),
         ("en", {"query": "这是什么"}, True),
-        ("en", {"positive": english(1) + "：" + han(1, 20)}, False),
-        ("en", {"positive": english(1) + "：" + han(1, 40)}, True),
+        ("en", {"positive": english(1, 30) + "：" + han(1, 20)}, False),
+        ("en", {"positive": english(1, 30) + "：" + han(1, 40)}, True),
         ("fr", {"positive": han(1, 60)}, False),
     ],
 )
 def test_texts_in_another_language_are_dropped(language, fields, dropped):
     if language != "zh":
-        fields = {"query": english("q", 5), "positive": english("p"), "negative": english("n"),
-                  **fields}  # fmt: skip
+        texts = {"query": english("q", 5), "positive": english("p", 30)}
+        fields = {**texts, "negative": english("n", 30), **fields}
     assert rules([row(language=language, **fields)]) == ["language" if dropped else None]
 
 
@@ -134,7 +120,7 @@ def test_near_duplicates_of_earlier_queries_or_positives_are_dropped():
 
 
 def test_what_was_dropped_makes_nothing_a_duplicate():
-    bad = row(1, positive=english(1))
+    bad = row(1, positive=english(1, 30))
     assert rules([bad, row(1)]) == ["language", None]
     twice = [row(1), row(2, query=row(1).query), row(3, positive=row(2).positive)]
     assert rules(twice) == [None, "near-duplicate", None]

@@ -130,7 +130,7 @@ def test_templates_that_cannot_be_used_are_errors_that_name_the_file(folder, nam
 def test_a_language_without_templates_is_an_error_that_lists_those_there(folder):
     with pytest.raises(UserError, match=r"no folder 'fr'.*: en, zh"):
         prompts.load(folder, ("zh", "fr"))
-    with pytest.raises(UserError, match="no folder 'zh'.*: none"):
+    with pytest.raises(UserError, match=r"no folder 'zh'.*: none"):
         prompts.load(folder / "none", ("zh",))
 
 
