@@ -54,7 +54,7 @@ def ranks(queries: np.ndarray, documents: np.ndarray, positives: np.ndarray) -> 
       queries, documents: float32 [Q, D] and [N, D], normalised.
       positives: int [Q].
     """
-    found = []
+    found: list[np.ndarray] = []
     for start in tqdm.trange(0, len(queries), _QUERIES_AT_ONCE, desc="ranking"):
         block = queries[start : start + _QUERIES_AT_ONCE]
         own = positives[start : start + _QUERIES_AT_ONCE]

@@ -66,11 +66,14 @@ def completion(content, usage=(100, 50), finish_reason="stop"):
 
 
 class Reply:
-    """Status, body (an object or bytes), headers; `delay` seconds before, `cut` closes halfway."""
+    """Status, body (an object or bytes), headers.
 
-    def __init__(self, body=None, status=200, headers=None, delay=0.0, cut=False):
+    `delay` seconds pass before, `drip` before each byte of the body; `cut` closes halfway.
+    """
+
+    def __init__(self, body=None, status=200, headers=None, delay=0.0, drip=0.0, cut=False):
         self.body, self.status, self.headers = body, status, headers or {}
-        self.delay, self.cut = delay, cut
+        self.delay, self.drip, self.cut = delay, drip, cut
 
 
 def good(prompt, **options):
@@ -159,7 +162,12 @@ class ChatServer:
                 handler.send_header(name, value)
             handler.send_header("Content-Length", str(len(content)))
             handler.end_headers()
-            handler.wfile.write(content[: len(content) // 2] if reply.cut else content)
+            for byte in content if reply.drip else ():
+                handler.wfile.write(bytes([byte]))
+                time.sleep(reply.drip)
+            handler.wfile.write(
+                content[: len(content) // 2] if reply.cut else content * (not reply.drip)
+            )
             handler.close_connection |= reply.cut
         finally:
             with self._lock:
