@@ -488,6 +488,25 @@ def test_a_model_without_new_topics_is_not_asked_for_ever(output, capsys):
     assert "2 topics instead of 6" in capsys.readouterr().err
 
 
+def test_a_request_for_topics_that_failed_is_replaced_and_moves_no_topics_later(output):
+    failing = []
+
+    def behave(prompt, n):
+        if not is_example(prompt) and not failing:
+            failing.append(prompt)
+        return error(500) if prompt in failing else good(prompt)
+
+    flags = ("--examples-per-topic=1", "--topics-per-request=5", "--retries=0", "--concurrency=1")
+    with ChatServer(behave) as server:
+        assert run(server, output, *flags, count=25) == 0
+        assert len(server.requests) == 6 + 25
+        server.forget()
+        server.behave = lambda prompt, n: good(prompt)
+        assert run(server, output, *flags, count=25) == 0
+        assert not server.requests
+    assert report(output)["topics"]["no answer"] == 1
+
+
 def test_edited_templates_are_asked_and_need_an_output_of_their_own(output, tmp_path, capsys):
     folder = tmp_path / "mine"
     assert small.run_command(synthesize.main, f"--write-templates={folder}") == 0

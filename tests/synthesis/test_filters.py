@@ -48,6 +48,11 @@ def test_lengths_count_chinese_characters_and_words_of_other_scripts():
     ]  # fmt: skip
 
 
+def test_normalised_texts_are_letters_and_digits_in_one_case_and_width():
+    assert wording.normalise("　ＡＢＣ-１２ Straße，检索！\n") == "abc12strasse检索"
+    assert wording.normalise("?!") == ""
+
+
 @pytest.mark.parametrize(
     ("language", "fields", "dropped"),
     [
