@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import small
+from conftest import ROOT
 
 from piccolo_jax import plan
 from piccolo_jax.config import Config, DatasetConfig
@@ -173,6 +174,25 @@ def test_other_meshes_compile_without_moving_activations_whole(folder, capfd, fi
     assert code == 0
     assert [step["compile_warnings"] for step in result["steps"]] == [0, 0, 0]
     assert WARNING not in err
+
+
+@pytest.mark.parametrize(("task", "fsdp"), [("retrieval", 1), ("classification", 2)])
+def test_the_published_recipe_compiles_without_moving_activations_whole(capfd, task, fsdp):
+    # All but the number of layers and rows, which change no layout and take the compiler's time.
+    fields = (
+        "model.num_layers=2", "batch_size=64", "train.micro_batches=2", f"mesh.fsdp={fsdp}",
+        f"data.datasets[0].task={task}",
+    )  # fmt: skip
+    code, result, err = planned(
+        capfd, f"--config={ROOT / 'configs' / 'base.py'}", "--topology=v5e:2x2",
+        *(f"--config.{field}" for field in fields),
+    )  # fmt: skip
+    assert code == 0
+    (step,) = result["steps"]
+    assert step["compile_warnings"] == 0
+    assert WARNING not in err
+    kernels = {item["name"] for item in step["unestimated"]}
+    assert {"attention_forward", "attention_backward"} <= kernels
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would(capfd):
