@@ -1,13 +1,14 @@
 """Readers of raw training files: JSONL, Parquet and Arrow become a stream of typed examples.
 
 Columns of three origins are understood (`_LAYOUTS`): the reference implementation of Piccolo2
-(github.com/hjq133/piccolo-embedding), FlagEmbedding and sentence-transformers. A row that cannot be
-used is yielded as `Rejected` with its place and reason, and never silently changed or dropped; a
-file that cannot be read is a `UserError`.
+(github.com/hjq133/piccolo-embedding), FlagEmbedding and sentence-transformers; and plain texts with
+labels. A row that cannot be used is yielded as `Rejected` with its place and reason, and never
+silently changed or dropped; a file that cannot be read is a `UserError`.
 """
 
 import codecs
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from piccolo_jax.config import TASK_NAMES
+from piccolo_jax.data import labels
 from piccolo_jax.errors import UserError
 
 
@@ -106,6 +108,11 @@ _LAYOUTS = (  # where a row fits several that serve its task, the first counts
     _Layout(("sentence1", "sentence2", "score"), _SCORED),
     _Layout(("sentence1", "sentence2", "label"), _SCORED),
 )
+# A text and its label or labels: where no other layout fits, or the labels are named in a file.
+_LABELLED = tuple(
+    _Layout(columns, ("classification",))
+    for columns in (("text", "label"), ("text", "labels"), ("sentence", "label"))
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,13 +126,23 @@ class Source:
     files: tuple[Path, ...]
     task: str  # one of config.TASK_NAMES
     layout: _Layout
+    names: labels.LabelNames | None = None
+    keep: Callable[["Placed"], Iterator[Example | Rejected]] | None = None  # drops some examples
 
     def __iter__(self) -> Iterator[Example | Rejected]:
+        return self.keep(self._placed()) if self.keep else (item for _, item in self._placed())
+
+    @property
+    def label_texts(self) -> tuple[str, ...]:
+        """The texts of all labels that the file of label names has."""
+        return tuple(dict.fromkeys(self.names.values())) if self.names else ()
+
+    def _placed(self) -> "Placed":
         for place, row in _rows(self.files):
             try:
-                yield self._example(row)
+                yield place, self._example(row)
             except _UnusableRowError as reason:
-                yield Rejected(place, str(reason))
+                yield place, Rejected(place, str(reason))
 
     def _example(self, row: _Row) -> Example:
         if _typed_task(row) not in ("", self.task):
@@ -137,6 +154,12 @@ class Source:
             )
         query, positive = self.layout.columns
         text = _text(row.get(query), query)
+        if self.layout in _LABELLED:
+            try:
+                own = labels.own_labels(row.get(positive), positive, self.names)
+            except ValueError as reason:
+                raise _UnusableRowError(str(reason)) from None
+            return ClassificationExample(text, own, ())
         positives = _texts(row, positive)
         if not positives:
             raise _UnusableRowError(f"no positive in {positive}")
@@ -148,16 +171,24 @@ class Source:
         return ClassificationExample(text, positives, others)
 
 
+Placed = Iterator[tuple[str, Example | Rejected]]  # with the places of their rows
+
+
 class _UnusableRowError(Exception):
     pass
 
 
-def open_source(path: str, task: str = "") -> Source:
+def open_source(
+    path: str, task: str = "", label_names: str = "", label_language: str = ""
+) -> Source:
     """Finds the files of a dataset and its task: from `type`, else the columns, else `task`.
+
+    `label_names`: a file that names the labels of `text, label` rows (see data/labels.py).
 
     Raises UserError if the path is missing, empty, of no known format, if its first rows leave the
     task open, or if they contradict `task`.
     """
+    names = labels.LabelNames(label_names, label_language) if label_names else None
     if task not in ("", *TASK_NAMES):
         raise UserError(f"{path}: task = {task!r}: must be one of {', '.join(TASK_NAMES)}")
     if not os.path.exists(path):
@@ -172,12 +203,40 @@ def open_source(path: str, task: str = "") -> Source:
     if not peeked:
         raise UserError(f"{path}: holds no rows")
     for place, row in peeked:
-        if served := _served_tasks(row):
+        if served := _served_tasks(row, _LABELLED if names else _LAYOUTS):
             chosen = _choose_task(path, place, row, served, task)
+            return Source(path, files, chosen, served[chosen], names)
+    for place, row in peeked:
+        if served := _served_tasks(row, _LABELLED):
+            chosen = _choose_task(path, place, row, served, task)
+            if not labels.is_named(row[served[chosen].columns[1]]):
+                raise UserError(
+                    f"{place}: {served[chosen].columns[1]} is a number; name the labels in a file:"
+                    f" label_names=FILE in the DatasetConfig of {path!r}"
+                )
             return Source(path, files, chosen, served[chosen])
     place, row = peeked[0]
-    formats = "; ".join(map(str, _LAYOUTS))
+    formats = "; ".join(map(str, _LABELLED if names else (*_LAYOUTS, *_LABELLED)))
     raise UserError(f"{place}: columns {_describe(row)} fit no known format; rename to: {formats}")
+
+
+def is_data_file(file: Path) -> bool:
+    """Whether rows can be read from a file."""
+    return os.path.isfile(file) and file.suffix.lower() in _READERS
+
+
+def file_rows(file: Path) -> Iterator[tuple[str, _Row]]:
+    """(place, row) of a data file, whatever its columns. Raises UserError where it is broken."""
+    return _rows((file,))
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file. Raises UserError if it can't be read."""
+    try:
+        with file.open("rb") as data:
+            return hashlib.file_digest(data, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror})") from None
 
 
 def count_rows(files: Iterable[Path]) -> int | None:
@@ -220,11 +279,11 @@ def expand_meta_list(path: str) -> list[tuple[str, float]] | None:
     return entries
 
 
-def _served_tasks(row: _Row) -> dict[str, _Layout]:
+def _served_tasks(row: _Row, layouts: Iterable[_Layout]) -> dict[str, _Layout]:
     """The tasks a row could be read for and by which layout; its `type` leaves one at most."""
     columns = {name for name, value in row.items() if value is not None}
     served: dict[str, _Layout] = {}
-    for layout in _LAYOUTS:
+    for layout in layouts:
         if columns.issuperset(layout.columns):
             for task in layout.tasks:
                 served.setdefault(task, layout)
