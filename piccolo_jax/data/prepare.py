@@ -7,11 +7,13 @@ place and renamed when complete, so one that is stale or half-written is never r
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import sys
 import uuid
 from array import array
 from collections.abc import Iterator
@@ -23,10 +25,12 @@ import tqdm
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from piccolo_jax.config import Config, DatasetConfig
-from piccolo_jax.data import formats
+from piccolo_jax.data import formats, mixing
+from piccolo_jax.data.decontaminate import REPORT, Decontaminator, Report
+from piccolo_jax.data.mixing import Dataset
 from piccolo_jax.data.store import MANIFEST, Store, TextColumn
 from piccolo_jax.data.tokenizer import Tokenizer
-from piccolo_jax.errors import UserError
+from piccolo_jax.errors import UnusableDatasetError, UserError
 
 SCHEMA_VERSION = 1
 _ROWS_AT_ONCE = 2048
@@ -40,14 +44,6 @@ class TaskColumns(Protocol):
     def columns(self) -> tuple[TextColumn, ...]: ...  # noqa: D102
     @property
     def score_column(self) -> str | None: ...  # noqa: D102
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A prepared dataset and its share of the steps."""
-
-    store: Store
-    weight: float
 
 
 def prepare_datasets(
@@ -64,19 +60,25 @@ def prepare_datasets(
     Raises UserError for files that can't be used; what was finished before stays.
     """
     prepared = []
+    evaluated = config.data.decontaminate
+    decontaminator = Decontaminator(evaluated, quiet) if evaluated.paths else None
     for dataset in config.data.datasets:
         listed = formats.expand_meta_list(dataset.path)
         paths = [(dataset.path, 1.0)] if listed is None else listed
-        stores = [
-            _prepare(dataclasses.replace(dataset, path=path), config, tokenizer, tasks, root, quiet)
-            for path, _ in paths
-        ]
-        # The datasets of a meta list are one pool of rows, as in REF: they share the list's weight,
-        # times their number, by rows times REPEATS.
-        sizes = [s.num_rows * repeats for s, (_, repeats) in zip(stores, paths, strict=True)]
-        for store, size in zip(stores, sizes, strict=True):
-            prepared.append(Dataset(store, dataset.weight * len(stores) * size / sum(sizes)))
-    return prepared
+        stores = []
+        for path, repeats in paths:
+            one = dataclasses.replace(dataset, path=path)
+            try:
+                store = _prepare(one, config, tokenizer, tasks, root, quiet, decontaminator)
+            except UnusableDatasetError as error:
+                if not config.data.skip_unusable:
+                    raise
+                if not quiet:
+                    tqdm.tqdm.write(f"left out: {error}", file=sys.stderr)
+            else:
+                stores.append((store, repeats))
+        prepared.append((dataset, stores))
+    return mixing.share_out(config, prepared)
 
 
 def _prepare(
@@ -86,10 +88,16 @@ def _prepare(
     tasks: dict[str, Any],
     root: Path,
     quiet: bool,
+    decontaminator: Decontaminator | None,
 ) -> Store:
-    source = formats.open_source(dataset.path, dataset.task)
+    source = formats.open_source(
+        dataset.path,
+        dataset.task,
+        label_names=dataset.label_names,
+        label_language=dataset.label_language,
+    )
     task = tasks[source.task]
-    description = {
+    description: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "task": source.task,
         "text_columns": [dataclasses.asdict(column) for column in task.columns],
@@ -97,8 +105,13 @@ def _prepare(
         "prompts": {"query": dataset.query_prompt, "passage": dataset.passage_prompt},
         "query_max_length": config.data.query_max_length,
         "max_length": config.data.max_length,
-        "sources": [[file.name, _sha256(file)] for file in source.files],
+        "sources": [[file.name, formats.digest_of(file)] for file in source.files],
     }
+    if source.names:
+        description["label_names"] = dict(source.names)
+    if decontaminator:
+        decontaminator.check(dataset.path, [digest for _, digest in description["sources"]])
+        description["decontaminate"] = decontaminator.description
     fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
     name = os.path.basename(os.path.abspath(dataset.path))
     directory = root / f"{name}-{fingerprint}"
@@ -107,7 +120,15 @@ def _prepare(
         try:
             partial.mkdir(parents=True)
             manifest = {"name": name, "fingerprint": fingerprint} | description
-            with contextlib.closing(_TextWriter(partial, tokenizer, manifest)) as texts:
+            with contextlib.ExitStack() as stack:
+                texts = stack.enter_context(
+                    contextlib.closing(_TextWriter(partial, tokenizer, manifest))
+                )
+                if decontaminator:
+                    report = stack.enter_context(contextlib.closing(Report(partial / REPORT)))
+                    manifest["dropped"] = report.summary
+                    keep = functools.partial(decontaminator.keep, dataset.path, report=report)
+                    source = dataclasses.replace(source, keep=keep)
                 _write(source, task, texts, manifest, partial, quiet)
             try:
                 os.rename(partial, directory)
@@ -152,6 +173,9 @@ def _write(
                 scores.extend(getattr(example, task.score_column) for example in examples)
             bar.update(len(chunk))
     num_rows = columns[task.columns[0].name].num_rows
+    for column in task.columns:
+        if column.name == "labels":  # beyond the last row's: to be contrasted with
+            columns["labels"].values.extend(texts.add(list(source.label_texts), column))
     _check(source, rejected, num_rows, task, columns)
 
     for column in task.columns:
@@ -185,16 +209,17 @@ def _check(
 ) -> None:
     if num_rows == 0:
         first = f"; the first: {rejected[0].place}: {rejected[0].reason}" if rejected else ""
-        raise UserError(
+        raise UnusableDatasetError(
             f"{source.path}: no usable row for task {source.task!r},"
             f" {len(rejected)} rejected{first}"
         )
     if source.task == "classification":
         labels = set(columns["labels"].values) | set(columns["other_labels"].values)
         if len(labels) < 2:
-            raise UserError(
+            raise UnusableDatasetError(
                 f"{source.path}: all {num_rows} rows have the same label and list no other;"
-                " contrast against label texts needs at least two labels"
+                " contrast against label texts needs at least two labels. Leave the dataset out"
+                " (data.skip_unusable leaves out all such)"
             )
 
 
@@ -279,11 +304,3 @@ def _batched(items: Any, size: int) -> Iterator[tuple[Any, ...]]:
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None

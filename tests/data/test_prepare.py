@@ -17,7 +17,7 @@ from piccolo_jax.data import formats, prepare
 from piccolo_jax.data.prepare import prepare_datasets
 from piccolo_jax.data.store import Store
 from piccolo_jax.data.tokenizer import Tokenizer
-from piccolo_jax.errors import UserError
+from piccolo_jax.errors import UnusableDatasetError, UserError
 from piccolo_jax.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,6 +205,105 @@ def test_rows_of_every_kind_of_file_are_counted_before_reading(tmp_path, kind):
     assert formats.count_rows([path, path]) == 24
     path.write_bytes(b"ARROW1 but damaged")
     assert kind == "json" or formats.count_rows([path]) is None
+
+
+# Plain labels
+
+
+def test_names_that_no_row_has_are_kept_beyond_the_rows(prepared, tmp_path, tokenizer):
+    names = write(tmp_path / "names.json", [["体育", "财经", "国际"]])
+    store = prepared(
+        [{"text": "球赛", "label": [0, 1]}, {"text": "股市", "label": 1}], label_names=names
+    )
+    labels = store.columns["labels"]
+    assert [len(members_of(labels, row)) for row in (0, 1)] == [2, 1]
+    assert texts_of(store, labels.distinct, tokenizer) == ["体育", "财经", "国际"]
+    assert members_of(store.columns["other_labels"], 0).tolist() == []
+
+
+def test_one_label_is_enough_where_others_are_named(prepared, tmp_path):
+    names = write(tmp_path / "names.json", [["体育", "财经"]])
+    rows = [{"text": "球赛", "label": 0}] * 3
+    assert prepared(rows, label_names=names).num_rows == 3
+    with pytest.raises(UserError, match="at least two labels"):
+        prepared(rows, label_names=write(tmp_path / "names.json", [["体育"]]))
+
+
+# Decontamination
+
+
+def test_rows_that_occur_in_evaluation_sets_are_dropped_and_reported(prepared, tmp_path, tokenizer):
+    config = Config()
+    dev = write(tmp_path / "dev.jsonl", [{"text": "。中国 的首都"}, {"text": "没有"}])
+    config.data.decontaminate.paths = (dev,)
+    rows = [*RETRIEVAL, {"query": "", "pos": "好"}]
+    store = prepared(rows, config=config)
+    assert texts_of(store, store.columns["query"], tokenizer) == ["北京的天气", "有雨"]
+    assert (store.manifest["rows"], store.manifest["rejected"]) == (2, 1)
+    assert store.manifest["dropped"] == {
+        "rows": 1,
+        "by": [{"evaluation": dev, "field": "text", "rule": "same text", "rows": 1}],
+    }
+    (name,) = folders(tmp_path)
+    (row,) = map(json.loads, (tmp_path / "prepared" / name / "dropped.jsonl").open("rb"))
+    assert row == {
+        "place": f"{tmp_path / 'rows.jsonl'}:2", "field": "query", "text": "中国的首都",
+        "rule": "same text", "overlap": 1.0, "evaluation": f"{dev}:1", "evaluation_field": "text",
+    }  # fmt: skip
+
+
+def test_evaluation_sets_are_part_of_the_fingerprint_and_read_only_if_needed(
+    prepared, tmp_path, monkeypatch
+):
+    config = Config()
+    clean = prepared(RETRIEVAL, config=config).manifest
+    dev = write(tmp_path / "dev.jsonl", [{"text": "有雨"}])
+    config.data.decontaminate.paths = (dev,)
+    first = prepared(RETRIEVAL, config=config).manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Decontaminator, "keep", None)
+        assert prepared(RETRIEVAL, config=config).manifest == first
+    write(tmp_path / "dev.jsonl", [{"text": "有雨"}, {"text": "晴"}])
+    second = prepared(RETRIEVAL, config=config).manifest
+    assert len({m["fingerprint"] for m in (clean, first, second)}) == 3
+    assert [m.get("dropped", {}).get("rows") for m in (clean, first, second)] == [None, 2, 2]
+
+
+def test_a_dataset_that_is_its_own_evaluation_set_is_an_error(prepared, tmp_path):
+    config = Config()
+    config.data.decontaminate.paths = (str(tmp_path / "rows.jsonl"),)
+    write(tmp_path / "rows.jsonl", RETRIEVAL)
+    with pytest.raises(UserError, match="is trained on, but one of its files"):
+        prepared(RETRIEVAL, config=config)
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("problem", ["one label", "no usable row", "all dropped"])
+def test_datasets_that_can_teach_nothing_are_left_out_if_the_config_says_so(
+    tmp_path, tokenizer, problem, capsys
+):
+    bad = {
+        "one label": [{"text": "球赛", "text_pos": "体育", "type": "cls_contrast"}],
+        "no usable row": [{"query": " ", "pos": "好"}],
+        "all dropped": [{"query": "晴", "pos": "好"}],
+    }[problem]
+    config = Config()
+    dev = write(tmp_path / "dev.jsonl", [{"text": "晴"}])
+    config.data.decontaminate.paths = (dev,)
+    for name, rows in (("a", RETRIEVAL), ("bad", bad)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rows.jsonl", rows)
+    (tmp_path / "meta.txt").write_text("a 1\nbad 3\n")
+    config.data.datasets = (DatasetConfig(str(tmp_path / "meta.txt")),)
+    with pytest.raises(UnusableDatasetError, match="bad"):
+        prepare_datasets(config, tokenizer, TASKS, tmp_path / "prepared")
+    config.data.skip_unusable = True
+    (dataset,) = prepare_datasets(config, tokenizer, TASKS, tmp_path / "prepared")
+    assert (dataset.store.name, dataset.weight) == ("a", 1.0)
+    assert f"left out: {tmp_path / 'bad'}: " in capsys.readouterr().err
+    prepare_datasets(config, tokenizer, TASKS, tmp_path / "prepared", quiet=True)
+    assert capsys.readouterr().err == ""
+    assert len(folders(tmp_path)) == 1
 
 
 # Reuse
