@@ -460,7 +460,7 @@ def test_reads_a_saved_dataset_in_the_order_of_its_state_file(tmp_path):
     source = open_source(str(directory))
     assert queries(source) == ["a", "b", "c", "d"]
     assert source.path == str(directory)
-    assert [file.name[:10] for file in source.files] == ["data-00000", "data-00001"]
+    assert [file.name[:10] for file in source.rows.files] == ["data-00000", "data-00001"]
 
 
 def test_concatenates_the_splits_of_a_dataset_dict(tmp_path):
@@ -517,9 +517,9 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 
 
 def test_a_file_of_unknown_kind_is_an_error_that_lists_the_known_ones(tmp_path):
-    (tmp_path / "a.csv").write_text("query,pos\nq,p\n")
-    with pytest.raises(UserError, match=r"a\.csv.*\.jsonl, \.json, \.parquet, \.arrow"):
-        open_source(str(tmp_path / "a.csv"))
+    (tmp_path / "a.txt").write_text("just a text, with a comma\n")
+    with pytest.raises(UserError, match=r"a\.txt: not a data file.*\.jsonl.*\.parquet.*\.arrow"):
+        open_source(str(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])
