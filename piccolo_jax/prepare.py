@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         config_lib.validate(config)
     if values["check"].value:
         path = values["histogram"].value
-        _check(config, Path(path) if path else None, values["overwrite"].value)
+        _check(config, Path(path) if path else None, bool(values["overwrite"].value))
         return
     for flag in ("histogram", "overwrite"):
         if values[flag].present:

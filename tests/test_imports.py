@@ -23,7 +23,7 @@ LAYERS = (
     ("evaluation", "checkpoint", "distributed", "metrics", "cli"),
     ("planning",),
     ("export",),
-    ("train", "embed", "prepare", "verify", "plan"),
+    ("train", "embed", "prepare", "verify", "plan", "publish"),
 )
 COMMANDS = LAYERS[-1]
 PURE = ("losses", "ops", "models.bert", "models.embedder", "train_step", "sharding", "optim")

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,15 +157,15 @@ class _Counter:
     """Counts while examples pass by."""
 
     def __init__(self, task: str):
-        self._look = {
+        looks: dict[str, Callable[[Any], None]] = {
             "retrieval": self._retrieval,
             "similarity": self._similarity,
             "classification": self._classification,
-        }[task]
+        }
+        self._look = looks[task]
         self.texts: collections.Counter[str] = collections.Counter()
         self.cut: collections.Counter[str] = collections.Counter()
         self.label_names: dict[int, str] = {}
-        self._problems: dict[str, Problem] = {}
         whats = {
             "retrieval": (
                 "a positive is the query itself", "a positive is also a negative",

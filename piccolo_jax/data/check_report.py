@@ -46,7 +46,8 @@ def batch_line(plan: Plan, rows: int, shards: int) -> str:
     s = plan.shape
     return (
         f"batch      {rows:,} rows of data: {s.rows:,} packed rows x {s.length} tokens and"
-        f" {s.texts:,} texts on each of {shards} device{'s' * (shards != 1)}, {plan.fill:.1%} filled"
+        f" {s.texts:,} texts on each of {shards} device{'s' * (shards != 1)},"
+        f" {plan.fill:.1%} filled"
     )
 
 

@@ -26,7 +26,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 _EXAMPLES_PER_SHARD = 100_000
 
 
-class EmbeddingDataset(tfds.core.ShardBasedBuilder, skip_registration=True):
+class EmbeddingDataset(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """One task's examples in named splits, in their order.
 
     (TFDS's GeneratorBasedBuilder sorts by keys, and beyond 1 GB needs TensorFlow to do so.)

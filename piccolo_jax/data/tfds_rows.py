@@ -7,7 +7,6 @@ Datasets lie in $TFDS_DATA_DIR, by default ~/tensorflow_datasets.
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,8 @@ class TfdsRows:
     split: str
     download: bool
 
-    def open(self) -> Sequence[Any]:
-        """The split by random access. Raises UserError."""
+    def open(self) -> Any:
+        """The split as tfds.data_source gives it: by random access. Raises UserError."""
         import tensorflow_datasets as tfds
 
         folder = os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR
@@ -78,7 +77,9 @@ class TfdsRows:
             if not self.split or self.split in sources:
                 return sources[self.split or next(iter(sources))]
             try:
-                return builder.as_data_source(split=self.split)
+                return tfds.data_source(
+                    self.name, split=self.split, data_dir=folder, download=False
+                )
             except (ValueError, AssertionError, KeyError) as error:
                 raise UserError(f"{self.path}: has the splits {splits}, not {self.split!r}"
                                 f" ({_first_line(error)})") from None  # fmt: skip
