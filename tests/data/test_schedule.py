@@ -115,6 +115,14 @@ def test_the_rows_of_different_epochs_are_in_different_orders():
         assert len(set(map(tuple, epochs.tolist()))) == len(epochs)
 
 
+def test_heads_of_epochs_twice_as_large_as_a_batch_are_independent():
+    schedule = make([1.0], batch_size=50, sizes=[101])
+    heads = [set(schedule._head(0, epoch).tolist()) for epoch in range(1, 20)]
+    for a, b in itertools.pairwise(heads):
+        assert a - b
+        assert b - a
+
+
 @pytest.mark.parametrize(("size", "batch_size"), [(1000, 8), (1001, 8), (1001, 700), (11, 9)])
 def test_rows_of_a_far_batch_need_no_earlier_one(size, batch_size):
     schedule = make([1.0], batch_size=batch_size, sizes=[size])
