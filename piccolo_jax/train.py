@@ -162,7 +162,7 @@ def main(argv: list[str]) -> int:
                     **recent.take(),
                     "fill": round(batch.fill, 4),
                     "epoch": round(batch.epoch, 4),
-                    **({"mixture": epochs} if step == first_step + 1 else {}),
+                    **({"mixture": epochs} if step == 1 else {}),
                 }
             )
 
