@@ -12,6 +12,7 @@ import argparse
 import re
 from pathlib import Path
 
+import tensorflow_datasets as tfds
 from absl import logging
 
 from piccolo_jax import cli
@@ -19,6 +20,7 @@ from piccolo_jax.data import formats, tfds_builder
 from piccolo_jax.data.collect import RejectedRows
 from piccolo_jax.errors import UserError
 
+_ALL_IS_HERE = tfds.download.DownloadConfig(try_download_gcs=False)
 _FORMATS = {
     "name": (r"[a-z][a-z0-9_]*", "small letters, digits and _, as my_pairs"),
     "config": (r"([A-Za-z0-9_][A-Za-z0-9_.\-]*)?", "letters, digits, _, - and ."),
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
     builder = _builder(args, splits, rejected)
     reference = f"tfds:{args.name}{'/' * bool(args.config)}{args.config}:{args.version}"
     try:
-        builder.download_and_prepare()
+        builder.download_and_prepare(download_config=_ALL_IS_HERE)
     except OSError as error:
         raise UserError(f"--data_dir={args.data_dir}: can't be written to ({error})") from error
     for row in rejected.first[:20]:

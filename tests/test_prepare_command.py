@@ -67,9 +67,11 @@ def test_check_plans_batches_for_the_mesh_of_the_config(run):
     assert "on each of 3 devices" in out
 
 
-def test_check_says_why_there_is_no_batch(run):
+def test_check_plans_a_smaller_batch_or_says_why_there_is_none(run):
     out = run({"a.jsonl": ROWS}, "--check", "--config.batch_size=7")
-    assert "batch      none: config.batch_size = 7" in out
+    assert "batch      6 rows of data" in out
+    out = run({"a.jsonl": ROWS}, "--check", "--config.train.micro_batches=1000")
+    assert "batch      none: config.train.micro_batches = 1000" in out
 
 
 def test_check_reads_each_dataset_of_a_meta_list(run, tmp_path):

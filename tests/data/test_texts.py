@@ -52,8 +52,8 @@ def test_a_table_takes_no_more_than_64_bytes_a_digest():
     table = DigestTable()
     tracemalloc.start()
     try:
-        for start in range(0, 2**16 + 1, 2**12):
-            table.add(digests(range(start, start + 2**12)))
+        for start in range(0, 2**13 + 1, 2**11):
+            table.add(digests(range(start, start + 2**11)))
         held = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
