@@ -5,6 +5,7 @@ compressed by gzip or zstd. Adding a kind is adding a `Container` to CONTAINERS.
 """
 
 import codecs
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -61,6 +62,7 @@ _BUFFER_BYTES = 2**18
 _ROWS_AT_ONCE = 1024  # of Arrow and Parquet, turned into Python objects
 _LONGEST_CELL = 2**24  # characters of a CSV cell; a quote that is never closed ends here
 _NUMBER_COLUMNS = ("score", "label")  # whose cells are numbers where they look like one
+_NO_NUMBER = re.compile(r"^\s*[+-]?0\d|_")  # though Python takes it for one: codes, such as 007
 _COLUMN_NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 
@@ -226,14 +228,10 @@ def _cell(name: str, cell: str) -> Any:
     """None for an empty cell, a list for a JSON list of texts, a number in `_NUMBER_COLUMNS`."""
     if not cell:
         return None
-    if name in _NUMBER_COLUMNS:
+    if name in _NUMBER_COLUMNS and not _NO_NUMBER.search(cell):
         for kind in (int, float):
-            try:
-                number = kind(cell)
-            except ValueError:
-                continue
-            if kind is float or str(number) == cell:
-                return number
+            with contextlib.suppress(ValueError):
+                return kind(cell)
     if cell.startswith("[") and cell.endswith("]"):
         try:
             members = json.loads(cell)

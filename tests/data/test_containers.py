@@ -132,6 +132,11 @@ def test_tsv_keeps_stray_quotes_and_takes_off_proper_ones(tmp_path):
     assert queries(path) == ['quoted, "all"', '"no" he said', '"open', 'say "x"']
 
 
+def test_tsv_quotes_around_a_tab_belong_to_the_text_where_the_header_says_so(tmp_path):
+    path = write(tmp_path / "a.tsv", 'query\tpos\tneg\n"a\tb"\tc\n')
+    assert list(open_source(path)) == [RetrievalExample('"a', ('b"',), ("c",))]
+
+
 def test_a_row_with_too_many_or_too_few_cells_is_rejected(tmp_path):
     for name, s in (("a.tsv", "\t"), ("a.csv", ",")):
         path = write(tmp_path / name, f"query{s}pos\na{s}b\na{s}b{s}c\nd\ne{s}f\n")
@@ -147,7 +152,8 @@ def test_cells_are_numbers_in_score_columns_and_lists_where_they_are_json_lists_
     write(path, 'text,label,score\n7,7,1e3\n[1],007,x\n"[""a"",""b""]",0.50,nan\n[a],,-0\n')
     first, second, third, fourth = rows_of(path)
     assert first == {"text": "7", "label": 7, "score": 1000.0}
-    assert second == {"text": "[1]", "label": 7.0, "score": "x"}
+    assert second == {"text": "[1]", "label": "007", "score": "x"}
+    assert isinstance(first["label"], int)
     assert third["text"] == ["a", "b"]
     assert third["label"] == 0.5
     assert third["score"] != third["score"]
