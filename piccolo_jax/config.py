@@ -33,14 +33,20 @@ def config_dataclass(cls: type) -> type:
 class DatasetConfig:
     """One training dataset, or a meta list (lines `DIRECTORY REPEATS`) of several.
 
-    `weight` is the dataset's share of the steps, relative to the others. Prompts are put before the
-    texts: `query_prompt` before queries, classified texts and both texts of a pair,
-    `passage_prompt` before positives, negatives and label texts.
+    `weight` is the dataset's share of the steps, relative to the others; `data.mixing_temperature`
+    makes it depend on rows too. Of a meta list, max_rows and batch_size hold for each dataset.
+    Prompts are put before the texts: `query_prompt` before queries, classified texts and both texts
+    of a pair, `passage_prompt` before positives, negatives and label texts.
     """
 
     path: str = ""
     task: str = ""  # retrieval, similarity, classification; empty: taken from the data
     weight: float = 1.0
+    repeats: float = 1.0  # as if it were listed so many times
+    max_rows: int = 0  # use so many rows, drawn by the seed; 0: all
+    batch_size: int = 0  # rows of its batches; 0: config.batch_size, or all if there are fewer
+    label_names: str = ""  # JSON or TSV file: label -> text, of `text, label` rows
+    label_language: str = ""  # which of its names, where it has several of a label
     query_prompt: str = ""
     passage_prompt: str = ""
 
@@ -56,6 +62,8 @@ class EvalDatasetConfig:
     task: str = ""
     split: str = "test"  # of a BEIR directory
     max_rows: int = 0  # use the first rows (or queries) only; 0: all
+    label_names: str = ""  # as in DatasetConfig
+    label_language: str = ""
     query_prompt: str = ""
     passage_prompt: str = ""
 
@@ -145,10 +153,25 @@ class OptimConfig:
 
 
 @config_dataclass
+class DecontaminateConfig:
+    """Evaluation sets whose texts no training row may hold (see data/decontaminate.py)."""
+
+    paths: tuple[str, ...] = ()  # files, directories, patterns; empty: nothing is dropped
+    passages: str = "listed"  # of evaluation that count: none, listed in rows, corpus (all)
+    ngram_threshold: float | None = None  # drop also what shares this part of the n-grams
+    ngram_size: int = 8  # characters of Chinese, words of others
+
+
+@config_dataclass
 class DataConfig:
     """Training data, text lengths and negatives."""
 
     datasets: tuple[DatasetConfig, ...] = ()
+    # Shares of the steps are weight x rows^(1 / mixing_temperature); None: weight alone.
+    mixing_temperature: float | None = None
+    min_batch_size: int = 2  # a dataset with fewer rows is unusable
+    skip_unusable: bool = False  # leave out datasets that can teach nothing; False: an error
+    decontaminate: DecontaminateConfig = dataclasses.field(default_factory=DecontaminateConfig)
     query_max_length: int = 64  # tokens of a query, with the special ones
     max_length: int = 512  # tokens of every other text
     positives: int = 1  # drawn per row and step, if it lists several
@@ -229,7 +252,8 @@ def validate(config: Config) -> None:
     Lists are taken for tuples, in place; nothing else is changed.
     """
     nodes = (config.data, config.eval, config.loss, config.model)
-    for node in filter(dataclasses.is_dataclass, (*nodes, getattr(config.loss, "retrieval", None))):
+    inner = (getattr(config.loss, "retrieval", None), getattr(config.data, "decontaminate", None))
+    for node in filter(dataclasses.is_dataclass, (*nodes, *inner)):
         for item in dataclasses.fields(node):
             if isinstance(getattr(node, item.name), list):
                 setattr(node, item.name, tuple(getattr(node, item.name)))
@@ -314,17 +338,33 @@ def validate(config: Config) -> None:
     for beta in ("optim.b1", "optim.b2"):
         require(0 <= get(config, beta) < 1, beta, "in [0, 1)")
 
+    def check_labels(where: str, dataset: DatasetConfig | EvalDatasetConfig) -> None:
+        require(not dataset.label_names or dataset.task in ("", "classification"),
+                f"{where}.task", "'classification' where label_names is set")  # fmt: skip
+        require(bool(dataset.label_names) or not dataset.label_language,
+                f"{where}.label_names", "a file where label_language is set")  # fmt: skip
+
     data = config.data
     require(len(data.datasets) > 0, "data.datasets", "at least one DatasetConfig(path=...)")
     for i, dataset in enumerate(data.datasets):
         where = f"data.datasets[{i}]"
         require(bool(dataset.path), f"{where}.path", "a file or directory")
         one_of(f"{where}.task", "", *TASK_NAMES)
-        positive(f"{where}.weight")
+        positive(f"{where}.weight", f"{where}.repeats")
+        not_negative(f"{where}.max_rows", f"{where}.batch_size")
+        check_labels(where, dataset)
     for i, evaluated in enumerate(config.eval.datasets):
         require(bool(evaluated.path), f"eval.datasets[{i}].path", "a file or directory")
         one_of(f"eval.datasets[{i}].task", "", *TASK_NAMES)
         not_negative(f"eval.datasets[{i}].max_rows")
+        check_labels(f"eval.datasets[{i}]", evaluated)
+    require(data.mixing_temperature is None or data.mixing_temperature >= 1,
+            "data.mixing_temperature", "None, or 1 (proportional to rows) or more")  # fmt: skip
+    positive("data.min_batch_size", "data.decontaminate.ngram_size")
+    one_of("data.decontaminate.passages", "none", "listed", "corpus")
+    threshold = data.decontaminate.ngram_threshold
+    require(threshold is None or 0 < threshold <= 1, "data.decontaminate.ngram_threshold",
+            "None or in (0, 1]")  # fmt: skip
     for limit in ("data.query_max_length", "data.max_length"):
         require(get(config, limit) >= 3, limit, "3 tokens or more (two are special)")
         if not model.init:

@@ -26,7 +26,8 @@ from absl import flags
 from piccolo_jax import build, cli, metrics, sharding
 from piccolo_jax import config as config_lib
 from piccolo_jax.config import Config
-from piccolo_jax.data.prepare import Dataset, prepare_datasets
+from piccolo_jax.data.mixing import Dataset
+from piccolo_jax.data.prepare import prepare_datasets
 from piccolo_jax.errors import UserError
 from piccolo_jax.models.embedder import Embedder
 from piccolo_jax.planning import topology

@@ -127,7 +127,7 @@ def _draw_not_own(
     Each row's are a stretch of one random order of all labels, from a random place on.
     """
     own, own_keep = draw_members(labels, rows, int(labels.sizes(rows).max()), rng)
-    order = rng.permutation(np.unique(labels.values))
+    order = rng.permutation(labels.distinct)
     begin = rng.integers(0, len(order), (len(rows), 1))
     stretch = np.arange(min(count + own.shape[1], len(order)))
     drawn = order[(begin + stretch) % len(order)]

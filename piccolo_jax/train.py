@@ -25,6 +25,7 @@ from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
 from piccolo_jax.checkpoint import Checkpoints
 from piccolo_jax.config import Config
+from piccolo_jax.data import mixing
 from piccolo_jax.data.loader import Batches, HostBatch
 from piccolo_jax.data.prepare import prepare_datasets
 from piccolo_jax.errors import UserError
@@ -67,7 +68,8 @@ def main(argv: list[str]) -> int:
         sharding.batch_shards_of(mesh), sharding.local_shards(mesh), quiet=not is_first,
     )  # fmt: skip
     fingerprints = [f"{s.name}-{s.manifest['fingerprint']}" for s in batches.stores]
-    _say_datasets(batches, config)
+    epochs = mixing.epochs_table(batches.mixture, batches.schedule, config.total_steps)
+    _say_datasets(batches, epochs, config.total_steps)
 
     # State: new, or that of the last checkpoint.
     abstract_params = build.abstract_params(parts.model, shardings)
@@ -146,7 +148,7 @@ def main(argv: list[str]) -> int:
                 f" of its gradient {values['grad_norm']}; the checkpoints before it are kept. Lower"
                 " optim.learning_rate, raise a temperature, or use model.dtype=float32"
             )
-        recent.add(config.batch_size, batch.num_tokens)
+        recent.add(batch.rows, batch.num_tokens)
         bar.set_postfix_str(f"{batch.task} loss {values['loss']:.4f}", refresh=False)
         bar.update()
         if step % config.log.every == 0 or step in (first_step + 1, config.total_steps):
@@ -159,6 +161,8 @@ def main(argv: list[str]) -> int:
                     "learning_rate": float(learning_rate(batch.step)),
                     **recent.take(),
                     "fill": round(batch.fill, 4),
+                    "epoch": round(batch.epoch, 4),
+                    **({"mixture": epochs} if step == 1 else {}),
                 }
             )
 
@@ -309,19 +313,21 @@ def _stop_signal() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-def _say_datasets(batches: Batches, config: Config) -> None:
-    uses, epochs = (
-        batches.schedule.uses(config.total_steps),
-        batches.schedule.epochs(config.total_steps),
-    )
+def _say_datasets(batches: Batches, epochs: list[dict[str, Any]], total_steps: int) -> None:
     rows = []
-    for store, plan, steps, passes in zip(batches.stores, batches.plans, uses, epochs, strict=True):
+    for store, plan, mix in zip(batches.stores, batches.plans, epochs, strict=True):
         m = store.manifest
         rows.append([
             store.name, store.task, m["rows"], m["rejected"], m["texts"], m["mean_tokens"],
-            m["truncated_texts"], steps, f"{passes:.2f}",
-            f"{plan.shape.rows} x {plan.shape.length}", f"{plan.fill:.0%}",
+            m["truncated_texts"], f"{plan.shape.rows} x {plan.shape.length}", f"{plan.fill:.0%}",
+            mix["used"], mix["batch_size"], f"{mix['share']:.2%}", mix["steps"],
+            f"{mix['epochs']:.2f}",
         ])  # fmt: skip
+        if m.get("dropped", {}).get("rows"):
+            say(
+                f"{store.name}: {m['dropped']['rows']} rows dropped that occur in evaluation sets;"
+                " all in dropped.jsonl beside the dataset's manifest.json"
+            )
         if m["rejected"]:
             first = m["rejected_rows"][0]
             say(
@@ -329,10 +335,12 @@ def _say_datasets(batches: Batches, config: Config) -> None:
                 f" {first['reason']}; all in the dataset's manifest.json"
             )
     header = (
-        "dataset", "task", "rows", "rejected", "texts", "tokens", "cut", "steps", "epochs",
-        "batch", "filled",
+        "dataset", "task", "rows", "rejected", "texts", "tokens", "cut", "packed", "filled",
+        "used", "batch", "share", "steps", "epochs",
     )  # fmt: skip
     say(metrics.table(header, rows))
+    for note in (*batches.notes, *mixing.remarks(epochs, total_steps)):
+        say(note)
 
 
 def _say_model(parts: build.Parts, abstract_params: Any, mesh: Any) -> None:

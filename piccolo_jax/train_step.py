@@ -52,7 +52,7 @@ def make_step(
 
 
 class CompiledSteps:
-    """Steps compiled ahead of time, one per task type and batch shape; none appears unsaid."""
+    """Steps compiled ahead of time, one per task type, shape and rows of the batch; none unsaid."""
 
     def __init__(
         self,
@@ -63,17 +63,17 @@ class CompiledSteps:
         mesh: Mesh,
         shardings: TrainState,
     ):
-        self._mesh, self._shardings = mesh, shardings
+        self._mesh, self._shardings, self._tasks = mesh, shardings, tasks
         self._make_step = lambda task, chunks: make_step(
             model, tasks[task], config, optimizer, chunks
         )
-        self._programs: dict[tuple[str, Shape], jax.stages.Compiled] = {}
+        self._programs: dict[tuple[str, Shape, int], jax.stages.Compiled] = {}
 
     def get(
         self, task: str, shape: Shape, state: TrainState, batch: Batch
     ) -> tuple[jax.stages.Compiled, float]:
         """The program for a batch, and the seconds that compiling it took (0: it was there)."""
-        key = (task, shape)
+        key = (task, shape, batch[self._tasks[task].text_arrays[0]].shape[0])
         if key in self._programs:
             return self._programs[key], 0.0
         started = time.monotonic()

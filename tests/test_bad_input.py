@@ -103,6 +103,32 @@ def test_columns_that_leave_the_task_open(refused, files):
     assert 'write task="retrieval" or task="classification"' in refused()
 
 
+def test_numbers_as_labels_without_names(refused, files):
+    set_lines(files / "classification.jsonl", *[{"text": f"a{i}", "label": i} for i in range(8)])
+    message = refused()
+    assert "classification.jsonl:1: label is a number; name the labels" in message
+    names = f"--config.data.datasets[2].label_names={files / 'none.json'}"
+    assert f"{files / 'none.json'}: no readable file of label names" in refused(names)
+
+
+def test_scores_that_are_all_one(refused, files):
+    set_lines(
+        files / "similarity.jsonl",
+        *[{"text": f"a{i}", "text_pair": "b", "label": 1, "type": "cosent"} for i in range(8)],
+    )
+    message = refused()
+    assert "dataset similarity.jsonl: all 8 rows have the score 1" in message
+    assert "data.skip_unusable" in message
+
+
+@pytest.mark.parametrize("command", [train.main, prepare.main])
+def test_an_evaluation_set_that_is_not_there(refused, files, command):
+    message = refused(
+        f"--config.data.decontaminate.paths=('{files / 'no.jsonl'}',)", command=command
+    )
+    assert message.startswith(f"{files / 'no.jsonl'}: no such evaluation set")
+
+
 def test_a_batch_larger_than_every_dataset(refused):
     message = refused("--config.batch_size=21")
     assert message.startswith("config.batch_size = 21: dataset retrieval.jsonl has only 20")

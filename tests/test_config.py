@@ -48,6 +48,7 @@ def test_what_is_not_the_recipe_is_off():
     assert (r.duplicates, r.terms, r.false_negative_margin) == ("once", ("qd",), None)
     assert (r.hardness, r.spread_out, s.normalize, s.angle_weight) == (0, 0, False, 0)
     assert (c.loss.circle_margin, c.data.positives, c.train.micro_batches) == (None, 1, 1)
+    assert (c.data.mixing_temperature, c.data.decontaminate.paths) == (None, ())
 
 
 def test_angles_need_even_prefixes():
@@ -121,6 +122,25 @@ def test_the_configs_that_ship_are_valid(name):
         ("data.datasets", ("a.jsonl",), "DatasetConfig"),
         ("data.datasets", (DatasetConfig(path="a", task="qa"),), "'similarity'"),
         ("data.datasets", (DatasetConfig(path="a", weight=0.0),), "greater than 0"),
+        ("data.datasets", (DatasetConfig(path="a", repeats=0.0),), "greater than 0"),
+        ("data.datasets", (DatasetConfig(path="a", max_rows=-1),), "0 or greater"),
+        ("data.datasets", (DatasetConfig(path="a", batch_size=-1),), "0 or greater"),
+        (
+            "data.datasets",
+            (DatasetConfig(path="a", task="retrieval", label_names="n"),),
+            "'classification' where label_names is set",
+        ),
+        (
+            "data.datasets",
+            (DatasetConfig(path="a", label_language="zh"),),
+            "a file where label_language is set",
+        ),
+        ("data.mixing_temperature", 0.5, "None, or 1 (proportional to rows) or more"),
+        ("data.min_batch_size", 0, "greater than 0"),
+        ("data.decontaminate.passages", "all", "'corpus'"),
+        ("data.decontaminate.paths", "dev.jsonl", "tuple"),
+        ("data.decontaminate.ngram_threshold", 0.0, "None or in (0, 1]"),
+        ("data.decontaminate.ngram_size", 0, "greater than 0"),
         ("data.query_max_length", 2, "3 tokens or more"),
         ("data.max_length", 513, "at most model.max_positions = 512"),
         ("data.negatives", -1, "0 or greater"),

@@ -23,7 +23,7 @@ LAYERS = (
     ("evaluation", "checkpoint", "distributed", "metrics", "cli"),
     ("planning", "synthesis"),
     ("export",),
-    ("train", "embed", "prepare", "verify", "plan", "synthesize"),
+    ("train", "embed", "prepare", "verify", "plan", "synthesize", "publish"),
 )
 COMMANDS = LAYERS[-1]
 PURE = ("losses", "ops", "models.bert", "models.embedder", "train_step", "sharding", "optim")

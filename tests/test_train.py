@@ -124,7 +124,7 @@ def test_a_run_ends_with_checkpoints_metrics_scores_and_an_export(straight):
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
     assert [row["step"] for row in rows(workdir)] == list(range(1, 13))
     assert {row["task"] for row in rows(workdir)} == set(TASKS)
-    needed = {"step", "task", "dataset", "loss", "grad_norm", "learning_rate"}
+    needed = {"step", "task", "dataset", "loss", "grad_norm", "learning_rate", "epoch"}
     assert all(needed <= row.keys() for row in rows(workdir))
     scores = rows(workdir, "eval.jsonl")
     assert [(s["step"], s["dataset"], s["metric"]) for s in scores] == [
@@ -135,6 +135,37 @@ def test_a_run_ends_with_checkpoints_metrics_scores_and_an_export(straight):
     assert (config.total_steps, config.model.embed_dim) == (12, 48)
     for place in (workdir / "checkpoints" / "12", workdir / "export"):
         assert str(place) in process.stderr
+
+
+def test_the_mixture_is_said_before_training_and_in_the_first_line_of_metrics(straight):
+    first, *others = rows(straight.workdir)
+    assert not any("mixture" in row for row in others)
+    assert [(m["dataset"], m["batch_size"], m["steps"]) for m in first["mixture"]] == [
+        (f"{task}.jsonl", 4, 4) for task in TASKS
+    ]
+    last = {row["dataset"]: row["epoch"] for row in others}
+    assert {m["dataset"]: m["epochs"] for m in first["mixture"]} == last
+    assert set(last.values()) == {4 * 4 / 20}
+    table, _, after = straight.process.stderr.partition("0.80\n")
+    assert "share  steps  epochs" in table
+    assert "compiled" not in table
+    assert "compiled" in after
+
+
+def test_a_dataset_smaller_than_the_batch_is_trained_in_batches_of_its_own(
+    run_here, tmp_path, capsys
+):
+    flags = ("--config.data.datasets[1].max_rows=3", "--config.data.mixing_temperature=1")
+    assert run_here(tmp_path / "run", NO_EVALS, *flags, "--config.total_steps=11") == 0
+    said = capsys.readouterr().err
+    assert "similarity.jsonl: 3 rows, fewer than config.batch_size = 4: all of them" in said
+    logged = rows(tmp_path / "run")
+    mixture = {m["dataset"]: m for m in logged[0]["mixture"]}
+    small = mixture["similarity.jsonl"]
+    assert (small["rows"], small["used"], small["batch_size"]) == (20, 3, 3)
+    assert small["share"] == pytest.approx(3 / 43, abs=1e-6)
+    assert small["steps"] == [r["dataset"] for r in logged].count("similarity.jsonl") == 1
+    assert small["epochs"] == 1
 
 
 def test_a_killed_run_goes_on_and_ends_bit_by_bit_the_same(run, straight, tmp_path):

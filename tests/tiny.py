@@ -1,12 +1,11 @@
 """A tiny encoder and datasets in memory, for tests of losses and steps."""
 
-from types import SimpleNamespace
-
 import jax
 import numpy as np
 
 from piccolo_jax import build
 from piccolo_jax.config import Config
+from piccolo_jax.data.mixing import Dataset
 from piccolo_jax.data.packing import num_segments
 from piccolo_jax.data.store import Ragged
 from piccolo_jax.models.bert import BertConfig
@@ -96,7 +95,7 @@ class MemoryStore:
 
 
 def dataset(task):
-    return SimpleNamespace(store=MemoryStore(task), weight=1.0)
+    return Dataset(MemoryStore(task), weight=1.0)
 
 
 def one_text_a_row(lengths, seed=0):

@@ -14,8 +14,8 @@ import numpy as np
 import tqdm
 
 from piccolo_jax.config import Config
-from piccolo_jax.data import packing
-from piccolo_jax.data.prepare import Dataset
+from piccolo_jax.data import mixing, packing
+from piccolo_jax.data.mixing import Dataset
 from piccolo_jax.data.schedule import Schedule
 from piccolo_jax.errors import UserError
 
@@ -34,6 +34,8 @@ class HostBatch:
     step: int
     dataset: str
     task: str
+    rows: int  # of the dataset, in the global batch
+    epoch: float  # passes over the dataset that are made with this batch
     shape: packing.Shape
     sharded: dict[str, np.ndarray]
     replicated: dict[str, np.ndarray]
@@ -50,15 +52,15 @@ class Plan:
 
 
 class Batches:
-    """All batches of a run.
+    """All batches of a run; `notes` is what should be said about its datasets.
 
     Args:
       tasks: the TASKS table; hidden_size: of the model, which weighs attention against products.
       shards: parts into which rows and texts are split; local_shards: those of this process.
       quiet: without a progress bar.
 
-    Raises UserError if a dataset has fewer rows than a batch, or the largest batches fewer packed
-    rows than config.train.micro_batches.
+    Raises UserError if a dataset can't be used (mixing.usable), or the largest batch has fewer
+    packed rows than config.train.micro_batches.
     """
 
     def __init__(
@@ -73,19 +75,14 @@ class Batches:
     ):
         self._config, self._tasks = config, tasks
         self._shards, self._local_shards = shards, tuple(local_shards)
-        self.stores = [dataset.store for dataset in datasets]
-        for store in self.stores:
-            if store.num_rows < config.batch_size:
-                raise UserError(
-                    f"config.batch_size = {config.batch_size}: dataset {store.name} has only"
-                    f" {store.num_rows} usable rows; a batch comes from one dataset, so make it at"
-                    f" most {min(s.num_rows for s in self.stores)}, or leave the dataset out"
-                )
+        self.mixture, self.notes = mixing.usable(config, datasets)
+        self.stores = [dataset.store for dataset in self.mixture]
         self.schedule = Schedule(
             seed=config.seed,
-            batch_size=config.batch_size,
-            sizes=tuple(store.num_rows for store in self.stores),
-            weights=tuple(dataset.weight for dataset in datasets),
+            batch_sizes=tuple(dataset.batch_size for dataset in self.mixture),
+            sizes=tuple(dataset.rows for dataset in self.mixture),
+            weights=tuple(dataset.weight for dataset in self.mixture),
+            totals=tuple(store.num_rows for store in self.stores),
         )
         bar = tqdm.tqdm(
             range(len(self.stores)), desc="planning batches", unit=" datasets", leave=False,
@@ -119,6 +116,8 @@ class Batches:
             step=int(step),
             dataset=store.name,
             task=store.task,
+            rows=self.mixture[dataset].batch_size,
+            epoch=(use + 1) * self.mixture[dataset].batch_size / self.mixture[dataset].rows,
             shape=shape,
             sharded=sharded,
             replicated={k: index[v] if k in text_arrays else v for k, v in arrays.items()},
@@ -151,7 +150,8 @@ class Batches:
         A token costs 6 hidden_size + row length, in units of 4 hidden_size operations a layer: its
         products, and attention over its row.
         """
-        batches = [self._draw(dataset, use)[0] for use in range(_planned_batches(self._config))]
+        planned = _planned_batches(self.mixture[dataset].batch_size)
+        batches = [self._draw(dataset, use)[0] for use in range(planned)]
         lengths = [self.stores[dataset].lengths[texts] for texts in batches]
         tokens = float(np.mean([n.sum() for n in lengths]))
         longest = self.stores[dataset].manifest["longest_tokens"]
@@ -178,7 +178,7 @@ class Batches:
             raise UserError(
                 f"config.train.micro_batches = {most}: a batch of dataset"
                 f" {self.stores[largest].name} fills only {rows} rows on a device, which are not"
-                f" that many chunks; make it at most {rows}, or config.batch_size larger"
+                f" that many chunks; make it at most {rows}, or the batches of the dataset larger"
             )
         plans = []
         for shape, tokens in needed:
@@ -193,8 +193,8 @@ def _slots(shape: packing.Shape) -> int:
     return shape.rows * shape.length
 
 
-def _planned_batches(config: Config) -> int:
-    return max(4, min(32, 2**16 // config.batch_size))
+def _planned_batches(batch_size: int) -> int:
+    return max(4, min(32, 2**16 // batch_size))
 
 
 def _round_up(n: int, multiple: int = 1) -> int:

@@ -6,9 +6,11 @@ DIR/lengths.npy           int32 [texts], tokens per text
 DIR/COLUMN.npy            one text id (or score) per row
 DIR/COLUMN.values.npy     text ids of the row's lists, end to end, and
 DIR/COLUMN.offsets.npy    int64 [rows + 1], where each list begins
+                          (labels beyond the last list are named, but no row's)
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +44,11 @@ class Ragged:
     def sizes(self, rows: np.ndarray) -> np.ndarray:
         """Numbers of members, int64 [len(rows)]."""
         return self.offsets[rows + 1] - self.offsets[rows]
+
+    @functools.cached_property
+    def distinct(self) -> np.ndarray:
+        """All values, each once, increasing."""
+        return np.unique(self.values)
 
 
 Columns = dict[str, Any]  # column name -> int32 [rows], float32 [rows] (scores) or Ragged

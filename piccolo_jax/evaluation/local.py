@@ -51,9 +51,15 @@ class EvalDataset:
             queries, documents, gains = _read_beir(path, config.split, config.max_rows)
             self._texts, self._answer = (queries, documents), gains
         else:
-            source = formats.open_source(config.path, config.task)
+            source = formats.open_source(
+                config.path,
+                config.task,
+                label_names=config.label_names,
+                label_language=config.label_language,
+            )
             self.task = source.task
-            self._texts, self._answer = _READERS[self.task](_examples(source, config.max_rows))
+            examples = _examples(source, config.max_rows)
+            self._texts, self._answer = _READERS[self.task](examples, source.label_texts)
             different = set(self._answer) if self.task == "similarity" else self._texts[1]
             if self.task != "retrieval" and len(different) < 2:
                 what = "score" if self.task == "similarity" else "label and list no other"
@@ -135,24 +141,26 @@ def _examples(source: formats.Source, max_rows: int) -> list[Any]:
     return examples
 
 
-def _read_similarity(rows: list[formats.SimilarityExample]) -> tuple[Any, Any]:
+def _read_similarity(rows: list[formats.SimilarityExample], _: Any) -> tuple[Any, Any]:
     scores = np.asarray([row.score for row in rows])
     return ([row.first for row in rows], [row.second for row in rows]), scores
 
 
-def _read_retrieval(rows: list[formats.RetrievalExample]) -> tuple[Any, Any]:
+def _read_retrieval(rows: list[formats.RetrievalExample], _: Any) -> tuple[Any, Any]:
     index = _index(text for row in rows for text in (*row.positives, *row.negatives))
     gains = [{index[text]: 1.0 for text in row.positives} for row in rows]
     return ([row.query for row in rows], list(index)), gains
 
 
-def _read_classification(rows: list[formats.ClassificationExample]) -> tuple[Any, Any]:
-    index = _index(text for row in rows for text in (*row.labels, *row.other_labels))
+def _read_classification(
+    rows: list[formats.ClassificationExample], named: tuple[str, ...]
+) -> tuple[Any, Any]:
+    index = _index([*(t for row in rows for t in (*row.labels, *row.other_labels)), *named])
     answers = [{index[text] for text in row.labels} for row in rows]
     return ([row.text for row in rows], list(index)), answers
 
 
-_READERS: dict[str, Callable[[list[Any]], tuple[Any, Any]]] = {
+_READERS: dict[str, Callable[[list[Any], tuple[str, ...]], tuple[Any, Any]]] = {
     "similarity": _read_similarity,
     "retrieval": _read_retrieval,
     "classification": _read_classification,

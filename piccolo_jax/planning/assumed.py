@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from piccolo_jax.config import TASK_NAMES, Config
-from piccolo_jax.data.prepare import Dataset
+from piccolo_jax.data.mixing import Dataset
 from piccolo_jax.data.store import Columns, Ragged
 from piccolo_jax.tasks import TASKS
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from piccolo_jax import build, metrics, optim, sharding
 from piccolo_jax.config import Config
 from piccolo_jax.data.loader import Batches, HostBatch
-from piccolo_jax.data.prepare import Dataset
+from piccolo_jax.data.mixing import Dataset
 from piccolo_jax.models.embedder import Embedder
 from piccolo_jax.planning import hlo_cost
 from piccolo_jax.planning.topology import Chip
@@ -86,7 +86,7 @@ def plan_steps(
     plans = []
     for store, steps, first in zip(batches.stores, uses, _first_uses(batches), strict=True):
         batch = batches.at(first)
-        key = (batch.task, batch.shape)
+        key = (batch.task, batch.shape, batch.rows)
         if key not in compiled:
             rows, length = batch.sharded["tokens"].shape
             metrics.say(f"compiling {batch.task}: {rows} rows of {length} tokens")

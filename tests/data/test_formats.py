@@ -53,6 +53,78 @@ def save_to_disk(directory, *shards):
     return directory
 
 
+# Plain labels
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """labelled(*rows, names=None) -> examples of a file of rows."""
+
+    def read(*rows, names=None):
+        file = ""
+        if names is not None:
+            file = str(tmp_path / "names.json")
+            (tmp_path / "names.json").write_text(json.dumps(names), "utf-8")
+        path = write_jsonl(tmp_path / "labelled.jsonl", *rows)
+        source = open_source(path, label_names=file)
+        assert source.task == "classification"
+        assert source.label_texts == tuple(dict.fromkeys((names or {}).values()))
+        return list(source)
+
+    return read
+
+
+@pytest.mark.parametrize("columns", [("text", "label"), ("sentence", "label"), ("text", "labels")])
+def test_texts_with_labels_become_classification(labelled, columns):
+    rows = [
+        dict(zip(columns, row, strict=True))
+        for row in (("球赛", "体育"), ("股市", ["财经", "国际"]))
+    ]
+    assert labelled(*rows) == [
+        ClassificationExample("球赛", ("体育",), ()),
+        ClassificationExample("股市", ("财经", "国际"), ()),
+    ]
+
+
+def test_label_ids_become_the_names_of_a_file(labelled):
+    names = {"0": "体育", "1": "财经", "2": "体育"}
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": [0, 1]}, {"text": "c", "label": "2"}]
+    assert [example.labels for example in labelled(*rows, names=names)] == [
+        ("财经",), ("体育", "财经"), ("体育",),
+    ]  # fmt: skip
+
+
+def test_a_file_of_names_is_used_in_place_of_listed_label_texts(labelled):
+    row = {**CLASS_ROW, "label": 0}
+    assert labelled(row) == [ClassificationExample("球赛", ("体育",), ("财经",))]
+    assert labelled(row, names={"0": "sports"}) == [ClassificationExample("球赛", ("sports",), ())]
+
+
+def test_numbers_without_a_file_of_names_are_an_error_that_names_it(labelled):
+    for label in (3, [3], 0.5):
+        with pytest.raises(
+            UserError, match=r"labelled\.jsonl:1: label is a number; .*label_names="
+        ):
+            labelled({"text": "a", "label": label})
+
+
+def test_rows_with_a_label_that_cannot_be_used_are_rejected(labelled):
+    rows = [{"text": "a", "label": v} for v in (0, 9, None, [], True, "")] + [
+        {"text": "", "label": 0}
+    ]
+    example, *rejected = labelled(*rows, names={"0": "体育"})
+    assert example.labels == ("体育",)
+    assert [r.reason.split(" in ")[0] for r in rejected] == [
+        "label '9' is not", "label is missing", "label is an empty list",
+        "label is bool, not an integer or text", "label is empty", "text is empty",
+    ]  # fmt: skip
+
+
+def test_pairs_with_a_label_stay_pairs(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"text": "甲", "text_pair": "乙", "label": 1})
+    assert open_source(path).task == "similarity"
+
+
 def queries(source):
     return [example.query for example in source]
 
@@ -388,7 +460,7 @@ def test_reads_a_saved_dataset_in_the_order_of_its_state_file(tmp_path):
     source = open_source(str(directory))
     assert queries(source) == ["a", "b", "c", "d"]
     assert source.path == str(directory)
-    assert [file.name[:10] for file in source.files] == ["data-00000", "data-00001"]
+    assert [file.name[:10] for file in source.rows.files] == ["data-00000", "data-00001"]
 
 
 def test_concatenates_the_splits_of_a_dataset_dict(tmp_path):
@@ -445,9 +517,9 @@ def test_an_empty_file_is_an_error(tmp_path, content):
 
 
 def test_a_file_of_unknown_kind_is_an_error_that_lists_the_known_ones(tmp_path):
-    (tmp_path / "a.csv").write_text("query,pos\nq,p\n")
-    with pytest.raises(UserError, match=r"a\.csv.*\.jsonl, \.json, \.parquet, \.arrow"):
-        open_source(str(tmp_path / "a.csv"))
+    (tmp_path / "a.txt").write_text("just a text, with a comma\n")
+    with pytest.raises(UserError, match=r"a\.txt: not a data file.*\.jsonl.*\.parquet.*\.arrow"):
+        open_source(str(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize("kind", ["arrow", "parquet"])

@@ -315,16 +315,77 @@ def test_masked_entries_point_at_a_text_of_the_batch_and_cost_none(batches):
 # Shapes
 
 
-def test_a_batch_larger_than_a_dataset_is_an_error_that_says_what_fits(folder, tokenizer):
+def test_a_batch_larger_than_every_dataset_is_an_error_that_says_what_fits(folder, tokenizer):
     config = make_config(folder, SIZES)
-    config.batch_size = 24
+    config.batch_size = 35
     datasets = prepare_datasets(config, tokenizer, TASKS, folder / "prepared")
     with pytest.raises(
-        UserError, match=r"batch_size = 24: dataset classification\.jsonl has only 23 .* most 23"
+        UserError, match=r"batch_size = 35: dataset retrieval\.jsonl has only 34 .* most 34"
     ):
         Batches(config, datasets, TASKS, 64, 1, [0])
-    config.batch_size = 23
-    assert Batches(config, datasets, TASKS, 64, 1, [0]).at(0).task in SIZES
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_datasets_smaller_than_the_batch_have_smaller_batches(folder, tokenizer, shards):
+    config = make_config(folder, SIZES)
+    config.batch_size = 30
+    config.data.datasets[1].batch_size = 7
+    config.data.datasets[0].max_rows = 31
+    datasets = prepare_datasets(config, tokenizer, TASKS, folder / "prepared")
+    batches = Batches(config, datasets, TASKS, 64, shards, range(shards))
+    assert [note.split(":")[0] for note in batches.notes] == ["classification.jsonl"]
+    expected = {"retrieval": (30, 31), "similarity": (7, 25), "classification": (23, 23)}
+    uses = dict.fromkeys(SIZES, 0)
+    for step in range(15):
+        batch = batches.at(step)
+        rows, used = expected[batch.task]
+        uses[batch.task] += 1
+        assert batch.rows == rows
+        assert batch.epoch == uses[batch.task] * rows / used
+        for name in TASKS[batch.task].text_arrays:
+            assert len(batch.replicated[name]) == rows
+    assert set(uses.values()) == {5}
+    seen = {tuple(np.sort(batches.schedule.rows(0, use))) for use in range(31)}
+    assert len(set().union(*seen)) == 31
+
+
+def test_labels_without_any_listed_others_are_contrasted_with_all_of_the_dataset(folder, tokenizer):
+    """Thousands of labels, one or several a row, and names that no row has."""
+    rng = np.random.default_rng(0)
+    names = {str(i): f"标签 {i}" for i in range(3000)}
+    own = [sorted(rng.choice(2990, rng.integers(1, 4), replace=False).tolist()) for _ in range(40)]
+    own[0] = [5] * 3
+    rows = [{"text": f"文 {i}", "label": own[i] if i % 2 else own[i][0]} for i in range(40)]
+    own = [set(own[i]) if i % 2 else {own[i][0]} for i in range(40)]
+    path = folder / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "names.json").write_text(json.dumps(names))
+    config = make_config(folder, ())
+    config.loss.classification.max_negatives = 8
+    config.data.datasets = (DatasetConfig(str(path), label_names=str(folder / "names.json")),)
+    (dataset,) = prepare_datasets(config, tokenizer, TASKS, folder / "prepared")
+    size = sum(f.stat().st_size for f in (folder / "prepared").glob("many*/*labels*"))
+    assert size < 20_000  # nothing is listed for each row
+    batches = Batches(config, [dataset], TASKS, 64, 1, [0])
+    number_of = {expected_tokens(tokenizer, f"标签 {i}", ""): i for i in range(3000)}
+    row_of = {expected_tokens(tokenizer, f"文 {i}", ""): i for i in range(40)}
+    drawn, chosen = set(), {}
+    for step in range(40):
+        batch = batches.at(step)
+        texts, arrays = read_texts(batch), batch.replicated
+        for i in range(BATCH_SIZE):
+            row = row_of[texts[arrays["text"][i]]]
+            label = number_of[texts[arrays["label"][i]]]
+            others = {number_of[texts[j]] for j in arrays["other_labels"][i]}
+            assert arrays["other_labels_keep"][i].all()
+            assert label in own[row]
+            assert len(others) == 8
+            assert not others & own[row]
+            drawn |= others
+            chosen.setdefault(row, set()).add(label)
+    assert sum(map(len, chosen.values())) > 0.9 * sum(map(len, own))  # each has its turn
+    assert len(drawn) > 1500
+    assert drawn & set(range(2990, 3000))  # also those that are no row's
 
 
 @pytest.mark.parametrize("shards", [1, 8])

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -6,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,11 @@ import pyarrow as pa
 import pytest
 
 from piccolo_jax.config import Config, DatasetConfig
-from piccolo_jax.data import formats, prepare
+from piccolo_jax.data import collect, formats, partial, prepare
 from piccolo_jax.data.prepare import prepare_datasets
 from piccolo_jax.data.store import Store
 from piccolo_jax.data.tokenizer import Tokenizer
-from piccolo_jax.errors import UserError
+from piccolo_jax.errors import UnusableDatasetError, UserError
 from piccolo_jax.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +100,7 @@ def test_each_distinct_text_is_tokenised_and_stored_once(prepared, monkeypatch):
         return encode(self, texts, max_length)
 
     monkeypatch.setattr(Tokenizer, "encode", counting)
-    monkeypatch.setattr(prepare, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(collect, "_ROWS_AT_ONCE", 2)
     store = prepared([{"query": "有雨", "pos": "天气好", "neg": ["中国", "天气好"]}] * 5)
     assert sorted(given) == sorted(["有雨", "天气好", "中国"])
     assert store.manifest["texts"] == len(store.lengths) == 3
@@ -184,8 +186,8 @@ def test_the_progress_bar_knows_how_many_rows_there_are(prepared, monkeypatch):
         def update(self, n):
             self.n += n
 
-    monkeypatch.setattr(prepare.tqdm, "tqdm", Bar)
-    monkeypatch.setattr(prepare, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(collect.tqdm, "tqdm", Bar)
+    monkeypatch.setattr(collect, "_ROWS_AT_ONCE", 2)
     prepared(RETRIEVAL)
     assert [(bar.total, bar.n) for bar in bars] == [(3, 3)]
 
@@ -202,9 +204,108 @@ def test_rows_of_every_kind_of_file_are_counted_before_reading(tmp_path, kind):
         new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
         with new(str(path), table.schema) as writer:
             writer.write_table(table, max_chunksize=5)
-    assert formats.count_rows([path, path]) == 24
+    assert formats.FileRows((path, path)).count() == 24
     path.write_bytes(b"ARROW1 but damaged")
-    assert kind == "json" or formats.count_rows([path]) is None
+    assert kind == "json" or formats.FileRows((path,)).count() is None
+
+
+# Plain labels
+
+
+def test_names_that_no_row_has_are_kept_beyond_the_rows(prepared, tmp_path, tokenizer):
+    names = write(tmp_path / "names.json", [["体育", "财经", "国际"]])
+    store = prepared(
+        [{"text": "球赛", "label": [0, 1]}, {"text": "股市", "label": 1}], label_names=names
+    )
+    labels = store.columns["labels"]
+    assert [len(members_of(labels, row)) for row in (0, 1)] == [2, 1]
+    assert texts_of(store, labels.distinct, tokenizer) == ["体育", "财经", "国际"]
+    assert members_of(store.columns["other_labels"], 0).tolist() == []
+
+
+def test_one_label_is_enough_where_others_are_named(prepared, tmp_path):
+    names = write(tmp_path / "names.json", [["体育", "财经"]])
+    rows = [{"text": "球赛", "label": 0}] * 3
+    assert prepared(rows, label_names=names).num_rows == 3
+    with pytest.raises(UserError, match="at least two labels"):
+        prepared(rows, label_names=write(tmp_path / "names.json", [["体育"]]))
+
+
+# Decontamination
+
+
+def test_rows_that_occur_in_evaluation_sets_are_dropped_and_reported(prepared, tmp_path, tokenizer):
+    config = Config()
+    dev = write(tmp_path / "dev.jsonl", [{"text": "。中国 的首都"}, {"text": "没有"}])
+    config.data.decontaminate.paths = (dev,)
+    rows = [*RETRIEVAL, {"query": "", "pos": "好"}]
+    store = prepared(rows, config=config)
+    assert texts_of(store, store.columns["query"], tokenizer) == ["北京的天气", "有雨"]
+    assert (store.manifest["rows"], store.manifest["rejected"]) == (2, 1)
+    assert store.manifest["dropped"] == {
+        "rows": 1,
+        "by": [{"evaluation": dev, "field": "text", "rule": "same text", "rows": 1}],
+    }
+    (name,) = folders(tmp_path)
+    (row,) = map(json.loads, (tmp_path / "prepared" / name / "dropped.jsonl").open("rb"))
+    assert row == {
+        "place": f"{tmp_path / 'rows.jsonl'}:2", "field": "query", "text": "中国的首都",
+        "rule": "same text", "overlap": 1.0, "evaluation": f"{dev}:1", "evaluation_field": "text",
+    }  # fmt: skip
+
+
+def test_evaluation_sets_are_part_of_the_fingerprint_and_read_only_if_needed(
+    prepared, tmp_path, monkeypatch
+):
+    config = Config()
+    clean = prepared(RETRIEVAL, config=config).manifest
+    dev = write(tmp_path / "dev.jsonl", [{"text": "有雨"}])
+    config.data.decontaminate.paths = (dev,)
+    first = prepared(RETRIEVAL, config=config).manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Decontaminator, "keep", None)
+        assert prepared(RETRIEVAL, config=config).manifest == first
+    write(tmp_path / "dev.jsonl", [{"text": "有雨"}, {"text": "晴"}])
+    second = prepared(RETRIEVAL, config=config).manifest
+    assert len({m["fingerprint"] for m in (clean, first, second)}) == 3
+    assert [m.get("dropped", {}).get("rows") for m in (clean, first, second)] == [None, 2, 2]
+
+
+def test_a_dataset_that_is_its_own_evaluation_set_is_an_error(prepared, tmp_path):
+    config = Config()
+    config.data.decontaminate.paths = (str(tmp_path / "rows.jsonl"),)
+    write(tmp_path / "rows.jsonl", RETRIEVAL)
+    with pytest.raises(UserError, match="is trained on, but one of its files"):
+        prepared(RETRIEVAL, config=config)
+    assert folders(tmp_path) == []
+
+
+@pytest.mark.parametrize("problem", ["one label", "no usable row", "all dropped"])
+def test_datasets_that_can_teach_nothing_are_left_out_if_the_config_says_so(
+    tmp_path, tokenizer, problem, capsys
+):
+    bad = {
+        "one label": [{"text": "球赛", "text_pos": "体育", "type": "cls_contrast"}],
+        "no usable row": [{"query": " ", "pos": "好"}],
+        "all dropped": [{"query": "晴", "pos": "好"}],
+    }[problem]
+    config = Config()
+    dev = write(tmp_path / "dev.jsonl", [{"text": "晴"}])
+    config.data.decontaminate.paths = (dev,)
+    for name, rows in (("a", RETRIEVAL), ("bad", bad)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rows.jsonl", rows)
+    (tmp_path / "meta.txt").write_text("a 1\nbad 3\n")
+    config.data.datasets = (DatasetConfig(str(tmp_path / "meta.txt")),)
+    with pytest.raises(UnusableDatasetError, match="bad"):
+        prepare_datasets(config, tokenizer, TASKS, tmp_path / "prepared")
+    config.data.skip_unusable = True
+    (dataset,) = prepare_datasets(config, tokenizer, TASKS, tmp_path / "prepared")
+    assert (dataset.store.name, dataset.weight) == ("a", 1.0)
+    assert f"left out: {tmp_path / 'bad'}: " in capsys.readouterr().err
+    prepare_datasets(config, tokenizer, TASKS, tmp_path / "prepared", quiet=True)
+    assert capsys.readouterr().err == ""
+    assert len(folders(tmp_path)) == 1
 
 
 # Reuse
@@ -325,7 +426,7 @@ def test_a_single_label_is_an_error(prepared, tmp_path):
 def test_a_broken_line_leaves_nothing_and_what_was_finished_before_stays(
     tmp_path, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(prepare, "_ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(collect, "_ROWS_AT_ONCE", 16)
     config = Config()
     config.data.datasets = (
         DatasetConfig(write(tmp_path / "good.jsonl", RETRIEVAL)),
@@ -402,32 +503,63 @@ def test_a_second_process_that_is_faster_wins_and_both_read_the_same(
 
 _SLOW = """
 import sys, time
+from pathlib import Path
 from piccolo_jax.config import Config, DatasetConfig
 from piccolo_jax.data import prepare, tokenizer
 from piccolo_jax.tasks import TASKS
 path, folder, root = sys.argv[1:]
 config = Config()
 config.data.datasets = (DatasetConfig(path),)
-check = prepare._check
 def wait(*arguments):
     print("waiting", flush=True)
     time.sleep(100)
-prepare._check = wait
-from pathlib import Path
+prepare.check_labels = wait
 prepare.prepare_datasets(config, tokenizer.Tokenizer(folder), TASKS, Path(root))
 """
 
 
-def test_what_a_killed_process_left_is_never_read(prepared, tmp_path):
-    path = write(tmp_path / "rows.jsonl", RETRIEVAL)
+def test_what_another_process_writes_is_left_alone_and_what_it_leaves_when_killed_is_removed(
+    prepared, tmp_path
+):
+    path = write(tmp_path / "other.jsonl", RETRIEVAL)
     command = [sys.executable, "-c", _SLOW, path, TOKENIZER, tmp_path / "prepared"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, env=env) as process:
         assert process.stdout.readline() == b"waiting\n"
+        (others,) = folders(tmp_path)
+        assert "partial" in others
+        prepared(RETRIEVAL[:2])
+        assert others in folders(tmp_path)
         process.kill()
-    (left,) = folders(tmp_path)
-    assert "partial" in left
-    assert prepared(RETRIEVAL).num_rows == 3
+    assert others in folders(tmp_path)
+    store = prepared(RETRIEVAL, name="other.jsonl")
+    assert store.num_rows == 3
+    assert [name for name in folders(tmp_path) if "partial" in name] == []
+
+
+def test_what_another_machine_left_is_removed_after_days_only(prepared, tmp_path):
+    for name in ("a-1.partial-0000beef-1", "b-2.partial-0000beef-2", "b-3.partial-old"):
+        (tmp_path / "prepared" / name).mkdir(parents=True)
+        (tmp_path / "prepared" / name / partial._LOCK).touch()
+    long_ago = time.time() - partial._FOREIGN_SECONDS - 60
+    for name in ("b-2.partial-0000beef-2", "b-3.partial-old"):
+        for path in (*(tmp_path / "prepared" / name).iterdir(), tmp_path / "prepared" / name):
+            os.utime(path, (long_ago, long_ago))
+    prepared(RETRIEVAL)
+    assert [n for n in folders(tmp_path) if "partial" in n] == ["a-1.partial-0000beef-1"]
+
+
+def test_a_file_system_without_locks_can_be_prepared_on_and_nothing_is_taken_for_abandoned(
+    prepared, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(partial.fcntl, "flock", fail)
+    with partial.written_whole(tmp_path / "prepared" / "x") as folder:
+        assert prepared(RETRIEVAL).num_rows == 3
+        assert folder.exists()
+    assert (tmp_path / "prepared" / "x").exists()
     assert len(folders(tmp_path)) == 2
 
 

@@ -7,8 +7,9 @@ import pytest
 from piccolo_jax.data.schedule import Schedule
 
 
-def make(weights, seed=0, batch_size=4, sizes=None):
-    return Schedule(seed, batch_size, tuple(sizes or [10] * len(weights)), tuple(weights))
+def make(weights, seed=0, batch_size=4, sizes=None, totals=()):
+    sizes = tuple(sizes or [10] * len(weights))
+    return Schedule(seed, (batch_size,) * len(sizes), sizes, tuple(weights), tuple(totals))
 
 
 def in_order(schedule, steps):
@@ -86,13 +87,68 @@ def test_each_epoch_has_every_row_once_and_the_rest_begins_the_next_batch(size, 
     assert len(set(map(tuple, epochs[:3]))) == 3  # shuffled anew
 
 
-def test_rows_of_a_far_batch_need_no_earlier_one():
-    schedule = make([1.0], batch_size=8, sizes=[1000])
-    rows = [make([1.0], batch_size=8, sizes=[1000]).rows(0, 10**9), schedule.rows(0, 10**9)]
+@pytest.mark.parametrize("size", range(1, 20))
+def test_no_batch_has_a_row_twice_and_each_epoch_has_every_row_once(size):
+    for batch_size in range(1, size + 1):
+        schedule = make([1.0], seed=size, batch_size=batch_size, sizes=[size])
+        batches = [schedule.rows(0, use).tolist() for use in range(3 * size)]
+        assert all(len(set(rows)) == batch_size for rows in batches)
+        epochs = np.concatenate(batches).reshape(-1, size)
+        assert (np.sort(epochs, axis=1) == np.arange(size)).all()
+
+
+def test_batches_across_the_end_of_an_epoch_are_as_random_as_others():
+    # 7 rows in batches of 5: rows 5, 6 | 0, 1, 2 in the order of two epochs; every seed another.
+    seeds = range(3000)
+    across = np.array([make([1.0], seed, 5, [7]).rows(0, 1) for seed in seeds])
+    for places, expected in ((slice(0, 2), 2 / 7), (slice(2, 5), 3 / 7)):
+        shares = np.bincount(across[:, places].reshape(-1), minlength=7) / len(seeds)
+        assert (np.abs(shares - expected) < 0.05).all()
+    assert len({tuple(sorted(rows)) for rows in across.tolist()}) == 21  # all sets of 5 of 7
+
+
+def test_the_rows_of_different_epochs_are_in_different_orders():
+    for size, batch_size in ((30, 7), (30, 19), (30, 29), (30, 30)):
+        schedule = make([1.0], batch_size=batch_size, sizes=[size])
+        rows = np.concatenate([schedule.rows(0, use) for use in range(40)])
+        epochs = rows[: len(rows) // size * size].reshape(-1, size)
+        assert len(set(map(tuple, epochs.tolist()))) == len(epochs)
+
+
+def test_heads_of_epochs_twice_as_large_as_a_batch_are_independent():
+    schedule = make([1.0], batch_size=50, sizes=[101])
+    heads = [set(schedule._head(0, epoch).tolist()) for epoch in range(1, 20)]
+    for a, b in itertools.pairwise(heads):
+        assert a - b
+        assert b - a
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(1000, 8), (1001, 8), (1001, 700), (11, 9)])
+def test_rows_of_a_far_batch_need_no_earlier_one(size, batch_size):
+    schedule = make([1.0], batch_size=batch_size, sizes=[size])
+    other = make([1.0], batch_size=batch_size, sizes=[size])
+    rows = [other.rows(0, 10**9 + 1), schedule.rows(0, 10**9 + 1)]
     schedule.rows(0, 3)
-    rows.append(schedule.rows(0, 10**9))
+    rows.append(schedule.rows(0, 10**9 + 1))
     assert all((r == rows[0]).all() for r in rows)
     assert not (schedule.rows(0, 3) == rows[0]).all()
+    assert len(set(rows[0].tolist())) == batch_size
+
+
+def test_a_cap_uses_the_same_random_rows_in_every_epoch():
+    schedule = make([1, 1, 1], batch_size=6, sizes=[10, 10, 40], totals=[40, 40, 40])
+    used = []
+    for dataset in range(3):
+        rows = np.concatenate([schedule.rows(dataset, use) for use in range(20)])
+        epochs = np.sort(rows.reshape(-1, schedule.sizes[dataset]), axis=1)
+        assert (epochs == epochs[0]).all()
+        used.append(set(epochs[0].tolist()))
+    assert [len(rows) for rows in used] == [10, 10, 40]
+    assert used[0] != used[1]
+    assert all(rows <= set(range(40)) for rows in used)
+    others = [make([1], seed, 10, [10], [40]).rows(0, 0) for seed in range(200)]
+    assert len({tuple(sorted(rows.tolist())) for rows in others}) > 190
+    assert set(np.concatenate(others).tolist()) == set(range(40))
 
 
 def test_seeds_datasets_and_uses_have_random_numbers_of_their_own():
@@ -112,3 +168,6 @@ def test_epochs_are_passes_over_each_dataset():
     schedule = make([1, 3], batch_size=5, sizes=[10, 100])
     assert schedule.uses(80) == [20, 60]
     assert schedule.epochs(80) == [10.0, 3.0]
+    different = Schedule(0, (5, 20), (10, 100), (1, 3))
+    assert different.epochs(80) == [10.0, 12.0]
+    assert different.rows(1, 0).shape == (20,)
