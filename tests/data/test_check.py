@@ -83,7 +83,7 @@ def test_positives_that_are_negatives_or_the_query_are_counted_with_prompts_too(
         {"query": "a", "pos": ["b", "a"], "neg": ["c"]},
         {"query": "a", "pos": ["b"], "neg": ["b", "c"]},
         {"query": "d", "pos": ["e"], "neg": ["d"]},
-        {"query": "d", "pos": ["f"], "neg": ["g"]},
+        {"query": "d", "pos": ["f"], "neg": ["g", "d"]},
         {"query": "f", "pos": ["d"], "neg": ["a"]},
     ]
     for prompts in ({}, {"query_prompt": "问", "passage_prompt": "文"}):
@@ -92,7 +92,7 @@ def test_positives_that_are_negatives_or_the_query_are_counted_with_prompts_too(
             "the same as an earlier row": 0,
             "a positive is the query itself": 1,
             "a positive is also a negative": 1,
-            "a negative is the query itself": 1,
+            "a negative is the query itself": 2,
             "a document is positive and negative for the same query": 1,
         }
     assert "         1  rows: a positive is also a negative: “b”" in report(c)

@@ -76,8 +76,8 @@ def test_a_text_is_tokenised_once_and_written_once_even_under_two_names(tokenize
     ids, cut = table.add(["天", "天气天气天气天气", "天气天气天气天"], PASSAGE)
     assert ids.tolist() == [1, 2, 2]  # the same once cut
     assert cut.tolist() == [False, True, True]
-    ids, cut = table.add(["天天气天气天气", "天气天气"], QUERY)
-    assert ids.tolist() == [3, 0]
+    ids, cut = table.add(["天天气天气天气", "天气天气天气天气"], QUERY)
+    assert ids.tolist() == [3, 0]  # the same text with another limit is another
     assert cut.tolist() == [True, True]
     assert table.lengths.tolist() == [4, 3, 8, 4]
     assert [len(w) // 4 for w in written] == [4, 3, 8, 4]
