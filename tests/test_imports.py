@@ -21,9 +21,9 @@ LAYERS = (
     ("optim",),
     ("build", "train_step"),
     ("evaluation", "checkpoint", "distributed", "metrics", "cli"),
-    ("planning",),
+    ("planning", "mining"),
     ("export",),
-    ("train", "embed", "prepare", "verify", "plan"),
+    ("train", "embed", "mine", "prepare", "verify", "plan"),
 )
 COMMANDS = LAYERS[-1]
 PURE = ("losses", "ops", "models.bert", "models.embedder", "train_step", "sharding", "optim")
