@@ -23,6 +23,7 @@ from piccolo_jax.sharding import AXES
 _HOST_QUERIES, _DEVICE_QUERIES = 256, 1024  # at a time
 _HOST_TILES = 64  # whose scores are in memory at a time, where the host selects
 _ROWS_PER_THREAD = 32
+_MOST_KEYS = 2**31 - 1  # at a time: devices count in 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def search(
 
 def _tiles_per_block(n: int, dim: int, mesh: Mesh, device_bytes: int, on_host: bool) -> int:
     """Tiles that are on the devices at a time, as many on each."""
-    most = math.ceil(n / TILE / mesh.size)
+    most = min(math.ceil(n / TILE / mesh.size), _MOST_KEYS // TILE // mesh.size)
     if device_bytes:
         fitting = device_bytes // (4 * TILE * dim)
         if not fitting:

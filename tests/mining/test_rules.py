@@ -95,7 +95,8 @@ def test_queries_that_keep_too_few_are_short():
 @pytest.mark.parametrize(
     ("ranks", "count", "message"),
     [("50", 1, "FIRST:LAST"), ("a:b", 1, "FIRST:LAST"), ("-1:5", 1, "FIRST:LAST"),
-     ("0:5", 1, "FIRST must be 1"), ("9:5", 1, "at most LAST"), ("1:5", 6, "--count=6.*from 1 to 5"),
+     ("0:5", 1, "FIRST must be 1"), ("9:5", 1, "at most LAST"),
+     ("1:5", 6, "--count=6.*from 1 to 5"),
      ("1:5", 0, "--count=0")],
 )  # fmt: skip
 def test_a_window_that_is_none_is_said(ranks, count, message):

@@ -248,7 +248,7 @@ def test_a_run_resumed_from_any_checkpoint_ends_bit_by_bit_the_same(
     config, straight = write_config(tmp_path, "retrieval"), tmp_path / "straight"
     assert run(config, straight) == 0
     said = capsys.readouterr().err
-    assert re.findall(r"step (\d+): negatives of retrieval mined", said) == ["4", "8"]
+    assert re.findall(r"step (\d+): negatives of retrieval\.jsonl mined", said) == ["4", "8"]
     assert re.findall(r"step (\d+): negatives of \d+ of", said) == ["0", "2", "4", "6", "8"]
     expected = (straight / "export" / "model.safetensors").read_bytes()
     for step in (5, 8):  # between changes, and just before both
