@@ -75,6 +75,19 @@ def test_every_mesh_finds_the_same_bits(run_python):
     assert done.stdout == "compared\n"
 
 
+def test_two_processes_find_what_one_finds(run_python, tmp_path):
+    module = "tests.mining.search_in_processes"
+    run_python("-m", module, tmp_path / "one.npz", devices=8)
+    done = run_python(
+        "launch/local_processes.py", "--processes=2", "--devices=4", f"--module={module}", "--",
+        tmp_path / "two.npz",
+    )  # fmt: skip
+    assert "2 processes" in done.stdout
+    one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    for field in ("scores", "indices"):
+        np.testing.assert_array_equal(one[field], two[field])
+
+
 def test_neighbours_are_those_of_faiss(mesh):
     faiss = pytest.importorskip("faiss")
     rng = np.random.default_rng(0)
