@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -99,8 +100,14 @@ def main(argv: list[str]) -> None:
     with distributed.agreed("writing the output"):
         if is_first:
             folder = report_folder(args.output)
-            report.write(folder, summary)
-            _write(args.output, inputs.queries, corpus, mined)
+            partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+            try:
+                report.write(partial, summary)
+                _write(args.output, inputs.queries, corpus, mined)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(partial, folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
             print(report.text(summary))
             print(f"negatives in {args.output}, report and plots in {folder}")
 

@@ -155,7 +155,7 @@ def test_a_value_that_cannot_work_is_named_with_what_is_allowed(field, value, al
 def test_replacing_negatives_needs_negatives():
     config = usable()
     config.data.replace_every, config.data.negatives = 100, 0
-    with pytest.raises(UserError, match=r"config\.data\.negatives = 0: must be greater than 0 where"):
+    with pytest.raises(UserError, match=r"data\.negatives = 0: must be greater than 0"):
         config_lib.validate(config)
 
 

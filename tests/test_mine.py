@@ -1,6 +1,8 @@
 """The command, on excerpts of CSL and a small random model."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -181,6 +183,17 @@ def test_what_cant_be_done_is_one_message(mined, model, folder, flags, message, 
     assert run(model, folder, *flags, output="bad.jsonl") == 2
     assert message in one_error(capsys)
     assert not (folder / "bad.jsonl").exists()
+
+
+def test_a_run_that_fails_at_the_end_leaves_nothing_behind(mined, model, folder, monkeypatch):
+    before = sorted(p.name for p in folder.iterdir())
+
+    def no_room(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mine.os, "replace", no_room)
+    assert run(model, folder, "--ranks=1:9", "--count=1", output="full.jsonl") == 2
+    assert sorted(p.name for p in folder.iterdir()) == before
 
 
 def test_what_is_there_is_replaced_only_if_asked_for(mined, model, folder, capsys):

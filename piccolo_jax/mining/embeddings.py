@@ -62,6 +62,10 @@ def embed(
          "max_length": encoder.max_length, "dtype": str(np.dtype(encoder.model.dtype)),
          "platform": encoder.mesh.devices.flat[0].platform}
     )  # fmt: skip
+    with distributed.agreed("making the cache of embeddings"):
+        _make(cache)
+    if not distributed.sees_first(cache):
+        raise UserError(f"--cache={cache}: must be a folder that all processes share")
     folder = cache / f"{name}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
     partial = folder.with_name(f"{folder.name}.partial")
     if not distributed.of_first(np.asarray(folder.exists())):
@@ -123,8 +127,9 @@ def _open(folder: Path, count: int, width: int) -> int:
         size = rows.offset + rows.nbytes
         del rows
         # Room is taken now: a memory map that finds none when written ends the process.
-        with (folder / _FILE).open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
+        if hasattr(os, "posix_fallocate"):
+            with (folder / _FILE).open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
         _write(folder / _PROGRESS, json.dumps({"chunks": 0}))
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -136,10 +141,16 @@ def _open(folder: Path, count: int, width: int) -> int:
     return 0
 
 
+def _make(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--cache={cache}: can't be made ({error.strerror})") from None
+
+
 def _lock(cache: Path, folder: Path) -> contextlib.AbstractContextManager:
     """Held until the process ends or leaves it."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
         file = (cache / f"{folder.name}.lock").open("w")
     except OSError as error:
         raise UserError(f"--cache={cache}: can't be written ({error.strerror})") from None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +80,13 @@ def text(report: dict[str, Any]) -> str:
 
 def write(folder: Path, report: dict[str, Any]) -> None:
     """report.json and the plots score_by_rank.png and removed.png."""
-    folder.mkdir(exist_ok=True)
-    _replace(folder / "report.json", json.dumps(report, ensure_ascii=False, indent=1).encode())
+    folder.mkdir()
+    content = json.dumps(report, ensure_ascii=False, indent=1)
+    (folder / "report.json").write_text(content, encoding="utf-8")
     import matplotlib.figure  # slow to import, and only needed here
 
     def save(figure: Any, name: str) -> None:
-        partial = folder / f"{name}.partial"
-        figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, folder / name)
+        figure.savefig(folder / name, format="png", dpi=120)
 
     save(_score_by_rank(matplotlib.figure.Figure((7, 4), layout="constrained"), report),
          "score_by_rank.png")  # fmt: skip
@@ -117,9 +115,3 @@ def _removed(figure: Any, report: dict[str, Any]) -> Any:
     axes.invert_yaxis()
     axes.set(xlabel="% of candidates", title="Removed by each rule", xlim=(0, 115))
     return figure
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -121,7 +121,8 @@ class ChangingNegatives:
         embed = self._embedder(store, params, f"mining at step {step}")
         queries, keys = embed(ids), embed(passages)
         first, last = c.remine_ranks
-        found = search(queries, keys, last, self._encoder.mesh)
+        # On the devices everywhere, so that a run of several processes finds the same.
+        found = search(queries, keys, last, self._encoder.mesh, on_host=False)
         positives: Ragged = store.columns["positives"]
         own = _members_by_query(positives, place, len(ids))
         queries, keys = cut(queries, queries.shape[1]), cut(keys, keys.shape[1])
