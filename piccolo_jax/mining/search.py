@@ -86,9 +86,9 @@ def search(
                 bar.update(min(at_once, len(queries) - i * at_once))
             del placed
     packed = np.full((len(blocks) * at_once, k), select.NONE)
-    for i, found in enumerate(best):
-        if found is not None:
-            packed[i * at_once : (i + 1) * at_once, : found.shape[1]] = found
+    for i, rows in enumerate(best):
+        if rows is not None:
+            packed[i * at_once : (i + 1) * at_once, : rows.shape[1]] = rows
     return Neighbours(*select.unpack(packed[: len(queries)]))
 
 

@@ -74,12 +74,10 @@ def _nearest_here(
         scores = jnp.moveaxis(_products(queries, tiles), 0, 1).reshape(len(queries), -1)
         places = first + jnp.arange(chunk * tile, dtype=jnp.int32)
         scores = jnp.where(places < num_keys, scores, -jnp.inf)
-        new = largest_by_groups(scores, min(k, scores.shape[1]))
-        merged = [
-            jnp.concatenate(pair, axis=1)
-            for pair in zip(best, (new[0], new[1] + first), strict=True)
-        ]
-        return _largest(*merged, k), None
+        values, found = largest_by_groups(scores, min(k, scores.shape[1]))
+        merged = jnp.concatenate((best[0], values), axis=1)
+        merged_places = jnp.concatenate((best[1], found + first), axis=1)
+        return _largest(merged, merged_places, k), None
 
     start = jax.lax.pcast(
         (jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)),
@@ -102,7 +100,8 @@ def largest_by_groups(
     rows, n = x.shape
     size = _group_size(n, k)
     if size == 1:
-        return tuple(jax.lax.top_k(x, k))
+        values, places = jax.lax.top_k(x, k)
+        return values, places
     groups = jnp.pad(x, ((0, 0), (0, -n % size)), constant_values=-jnp.inf)
     groups = groups.reshape(rows, -1, size)
     _, chosen = jax.lax.top_k(groups.max(-1), k)
