@@ -94,18 +94,20 @@ def search(
 
 def _tiles_per_block(n: int, dim: int, mesh: Mesh, device_bytes: int, on_host: bool) -> int:
     """Tiles that are on the devices at a time, as many on each."""
-    most = min(math.ceil(n / TILE / mesh.size), _MOST_KEYS // TILE // mesh.size)
+    limit = _MOST_KEYS // TILE // mesh.size
     if device_bytes:
-        fitting = device_bytes // (4 * TILE * dim)
-        if not fitting:
+        limit = min(limit, device_bytes // (4 * TILE * dim))
+        if not limit:
             raise UserError(
                 f"a budget of {device_bytes} bytes on a device: must hold {TILE} embeddings,"
                 f" {4 * TILE * dim} bytes at {dim} dimensions"
             )
-        most = min(most, fitting)
+    each = min(math.ceil(max(n, 1) / TILE / mesh.size), limit)
     if on_host:
-        most = min(most, math.ceil(_HOST_TILES / mesh.size))
-    return max(most, 1) * mesh.size
+        return min(each, math.ceil(_HOST_TILES / mesh.size)) * mesh.size
+    # Equal chunks, where there is room for them: others are copied on the device.
+    chunks = math.prod(top_k.chunks_of(each))
+    return (chunks if chunks <= limit else each) * mesh.size
 
 
 class _Block:

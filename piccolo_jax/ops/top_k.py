@@ -64,9 +64,9 @@ def _nearest_here(
 ) -> tuple[jax.Array, jax.Array]:
     """As nearest(), among the tiles of one device, chunk after chunk, with a running merge."""
     tile = tiles.shape[1]
-    chunk = min(_TILES_AT_ONCE, len(tiles))
-    missing = -len(tiles) % chunk
-    tiles = jnp.pad(tiles, ((0, missing), (0, 0), (0, 0)))
+    number, chunk = chunks_of(len(tiles))
+    missing = number * chunk - len(tiles)
+    tiles = jnp.pad(tiles, ((0, missing), (0, 0), (0, 0)))  # a copy, unless nothing is missing
     chunks = tiles.reshape(-1, chunk, *tiles.shape[1:])
 
     def add(best: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, jax.Array]) -> tuple:
@@ -86,6 +86,12 @@ def _nearest_here(
     )
     firsts = jnp.arange(len(chunks), dtype=jnp.int32) * chunk * tile
     return jax.lax.scan(add, start, (chunks, firsts))[0]
+
+
+def chunks_of(tiles: int) -> tuple[int, int]:
+    """Chunks that a device's tiles are searched in: their number, and the tiles of each."""
+    number = math.ceil(tiles / _TILES_AT_ONCE)
+    return number, math.ceil(tiles / number)
 
 
 def largest_by_groups(

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from piccolo_jax import metrics, sharding
 from piccolo_jax.config import MeshConfig
 from piccolo_jax.mining import search
-from piccolo_jax.ops.top_k import TILE
+from piccolo_jax.ops.top_k import TILE, chunks_of
 from piccolo_jax.planning import hlo_cost, topology
 
 
@@ -34,7 +34,8 @@ def main():
     jax.config.update("jax_platforms", "cpu")  # the TPU is compiled for, not used
     chip, devices = topology.devices(args.topology)
     mesh = sharding.make_mesh(MeshConfig(), devices)
-    tiles = math.ceil(args.passages / TILE / len(devices)) * len(devices)
+    number, chunk = chunks_of(math.ceil(args.passages / TILE / len(devices)))
+    tiles = number * chunk * len(devices)
     queries = search._DEVICE_QUERIES
     rows = []
     for k in map(int, args.ks.split(",")):
