@@ -22,7 +22,7 @@ from piccolo_jax.sharding import AXES
 
 _HOST_QUERIES, _DEVICE_QUERIES = 256, 1024  # at a time
 _HOST_TILES = 64  # whose scores are in memory at a time, where the host selects
-_ROWS_PER_THREAD = 32
+_ROWS_PER_THREAD = 64
 _MOST_KEYS = 2**31 - 1  # at a time: devices count in 32 bits
 
 
