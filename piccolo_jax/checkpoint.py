@@ -40,12 +40,26 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, config: Config, data: list[str]) -> None:
-        """Saves in the background; `data` are names and fingerprints of the datasets."""
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        config: Config,
+        data: list[str],
+        negatives: dict[str, Any] | None = None,
+    ) -> None:
+        """Saves in the background; `data` are names and fingerprints of the datasets.
+
+        `negatives`: numpy arrays by dataset and name, where they change while training.
+        """
         about = {"config": json.loads(config_lib.to_json(config)), "data": data}
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
-        )
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave(state),
+            "about": ocp.args.JsonSave(about),
+        }
+        if negatives:
+            items["negatives"] = ocp.args.StandardSave(negatives)
+        arguments = ocp.args.Composite(**items)
         with self._readable_errors("written", "Make room there; the ones before it are kept"):
             self._manager.save(step, args=arguments)
 
@@ -84,6 +98,10 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState) -> TrainState:
         """The latest state, in the shardings of `abstract_state`."""
         return self._restore(state=ocp.args.StandardRestore(abstract_state))["state"]
+
+    def restore_negatives(self) -> dict[str, Any]:
+        """The latest negatives, as saved."""
+        return self._restore(negatives=ocp.args.StandardRestore())["negatives"]
 
     def restore_params(self, abstract_params: Params) -> Params:
         """The latest parameters alone."""

@@ -176,6 +176,15 @@ class DataConfig:
     max_length: int = 512  # tokens of every other text
     positives: int = 1  # drawn per row and step, if it lists several
     negatives: int = 1  # hard negatives per row and step
+    # Steps after which the negatives of retrieval datasets are mined anew among their own passages,
+    # with the weights of the moment; 0: never. The fields below say which, as those of `mine` do.
+    remine_every: int = 0
+    remine_ranks: tuple[int, int] = (50, 100)  # from 1, both inclusive
+    remine_count: int = 15
+    remine_max_positive_ratio: float | None = None  # of the positive's cosine; None: no filter
+    # Steps after which a row's negatives give way to the next `negatives` of its list if they have
+    # become easy (Conan, arXiv 2408.15710, which does so every 100 steps); 0: never.
+    replace_every: int = 0
     prepared_dir: str = ""  # empty: WORKDIR/prepared
 
 
@@ -370,8 +379,16 @@ def validate(config: Config) -> None:
         if not model.init:
             require(get(config, limit) <= model.max_positions, limit,
                     f"at most model.max_positions = {model.max_positions}")  # fmt: skip
-    not_negative("data.negatives")
-    positive("data.positives", "train.micro_batches")
+    not_negative("data.negatives", "data.remine_every", "data.replace_every")
+    positive("data.positives", "train.micro_batches", "data.remine_count")
+    first, last = data.remine_ranks
+    require(1 <= first <= last, "data.remine_ranks", "(FIRST, LAST), 1 or more, rising")
+    require(data.remine_count <= last - first + 1, "data.remine_count",
+            f"at most {last - first + 1}, the ranks in data.remine_ranks")  # fmt: skip
+    ratio = data.remine_max_positive_ratio
+    require(ratio is None or 0 < ratio <= 2, "data.remine_max_positive_ratio", "None or in (0, 2]")
+    require(not data.replace_every or data.negatives > 0, "data.negatives",
+            "greater than 0 where data.replace_every is set")  # fmt: skip
 
     sizes = dataclasses.asdict(config.mesh)
     for axis, size in sizes.items():

@@ -32,6 +32,7 @@ from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder
 from piccolo_jax.evaluation.local import METRICS, EvalDataset, open_datasets
 from piccolo_jax.metrics import say
+from piccolo_jax.mining.while_training import ChangingNegatives
 from piccolo_jax.tasks import TASKS
 from piccolo_jax.train_step import CompiledSteps
 from piccolo_jax.types import Params
@@ -94,6 +95,9 @@ def main(argv: list[str]) -> int:
     eval_log = metrics.JsonLines(workdir / "eval.jsonl", logged)
     encoder = Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
     dims = config.eval.dims or config.loss.dims
+    negatives = ChangingNegatives(config, batches.stores, encoder)
+    if checkpoints.latest is not None and negatives.save():
+        negatives.restore(checkpoints.restore_negatives())
 
     def evaluate(step: int, params: Params) -> None:
         scored = {
@@ -166,8 +170,19 @@ def main(argv: list[str]) -> int:
                 }
             )
 
+    def all_batches() -> Iterator[HostBatch]:
+        """Batches are read ahead as far as the negatives that they draw from stay the same."""
+        step = first_step
+        while step < config.total_steps:
+            while in_flight:
+                finish_oldest()
+            negatives.update(step, state.params)
+            stop = negatives.next_change(step, config.total_steps)
+            yield from batches.start(step, stop)
+            step = stop
+
     with _stop_signal() as stop_asked, contextlib.closing(bar), checkpoints:
-        for batch in batches.start(first_step, config.total_steps):
+        for batch in all_batches():
             arrays = sharding.global_batch(mesh, batch.sharded, batch.replicated)
             state, values = program(batch, arrays)(state, arrays)
             in_flight.append((batch, values))
@@ -181,7 +196,7 @@ def main(argv: list[str]) -> int:
                 while in_flight:
                     finish_oldest()
             if last or stopping or at_checkpoint:
-                checkpoints.save(done, state, config, fingerprints)
+                checkpoints.save(done, state, config, fingerprints, negatives.save())
             if stopping and not last:
                 checkpoints.wait()
                 say(f"stopped after step {done}; the same command goes on from there")

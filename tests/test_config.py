@@ -144,6 +144,14 @@ def test_the_configs_that_ship_are_valid(name):
         ("data.query_max_length", 2, "3 tokens or more"),
         ("data.max_length", 513, "at most model.max_positions = 512"),
         ("data.negatives", -1, "0 or greater"),
+        ("data.remine_every", -1, "0 or greater"),
+        ("data.remine_ranks", (0, 5), "(FIRST, LAST), 1 or more, rising"),
+        ("data.remine_ranks", (9, 5), "(FIRST, LAST), 1 or more, rising"),
+        ("data.remine_ranks", (9,), "remine_ranks"),
+        ("data.remine_count", 52, "at most 51, the ranks in data.remine_ranks"),
+        ("data.remine_count", 0, "greater than 0"),
+        ("data.remine_max_positive_ratio", 0.0, "None or in (0, 2]"),
+        ("data.replace_every", -1, "0 or greater"),
         ("eval.datasets", (EvalDatasetConfig(),), "a file or directory"),
         ("eval.datasets", (EvalDatasetConfig(path="a", max_rows=-1),), "0 or greater"),
         ("eval.every", -1, "0 or greater"),
@@ -162,6 +170,13 @@ def test_a_value_that_cannot_work_is_named_with_what_is_allowed(field, value, al
     assert allowed in message
     assert "\n" not in message
     assert len(message) < 300
+
+
+def test_replacing_negatives_needs_negatives():
+    config = usable()
+    config.data.replace_every, config.data.negatives = 100, 0
+    with pytest.raises(UserError, match=r"data\.negatives = 0: must be greater than 0"):
+        config_lib.validate(config)
 
 
 def test_the_width_without_a_scaling_layer_is_the_hidden_size():

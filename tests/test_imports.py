@@ -21,9 +21,9 @@ LAYERS = (
     ("optim",),
     ("build", "train_step"),
     ("evaluation", "checkpoint", "distributed", "metrics", "cli"),
-    ("planning", "synthesis"),
+    ("planning", "mining", "synthesis"),
     ("export",),
-    ("train", "embed", "prepare", "verify", "plan", "synthesize", "publish"),
+    ("train", "embed", "mine", "prepare", "verify", "plan", "synthesize", "publish"),
 )
 COMMANDS = LAYERS[-1]
 PURE = ("losses", "ops", "models.bert", "models.embedder", "train_step", "sharding", "optim")

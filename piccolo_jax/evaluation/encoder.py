@@ -45,10 +45,16 @@ class Encoder:
         In a run of several processes all must call this with the same texts; all get the result.
         """
         tokens, _ = self.tokenizer.encode([prompt + text for text in texts], self.max_length)
+        return self.encode_tokens(params, tokens, progress)
+
+    def encode_tokens(
+        self, params: Params, tokens: Sequence[np.ndarray], progress: str = ""
+    ) -> np.ndarray:
+        """As encode(), of texts that are token ids already, int32 [length] each."""
         lengths = np.asarray([len(ids) for ids in tokens], np.int32)
-        out = np.zeros((len(texts), self.width), np.float32)
+        out = np.zeros((len(tokens), self.width), np.float32)
         bar = tqdm.tqdm(
-            total=len(texts), desc=progress, unit=" texts", disable=not progress, leave=False
+            total=len(tokens), desc=progress, unit=" texts", disable=not progress, leave=False
         )
         row_length = np.asarray([_row_length(n) for n in lengths])
         for length in np.unique(row_length):

@@ -1,0 +1,184 @@
+"""What mined hard negatives are worth: the same short training with them and with random ones.
+
+    python tests/benchmarks/mined_negatives.py --model=DIR --data=BEIR-FOLDER --workdir=DIR
+        [--steps=60] [--batch=32] [--seeds=0,1,2] [--ranks=10:60] [--split=test]
+        [--train-queries=0] [--passages=0]
+
+Mines negatives for the training queries of a BEIR folder, draws as many random passages for the
+same rows, trains on each from the same weights, and prints nDCG@10 on another split before and
+after. --train-queries and --passages make it smaller: the first queries only; of the passages only
+the positives of the queries used and others that a seed draws (0: all). What is finished in WORKDIR
+is not done again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+QUERY, PASSAGE = "query: ", "passage: "  # the prompts of E5
+CONFIG = """
+from piccolo_jax.config import Config, DatasetConfig
+
+
+def get_config():
+    config = Config(total_steps={steps}, batch_size={batch}, seed={seed})
+    config.model.init, config.model.embed_dim = {model!r}, 0
+    config.loss.dims = ({width},)
+    config.optim.learning_rate = {learning_rate}
+    config.data.max_length, config.data.query_max_length = 192, 64
+    config.data.prepared_dir = {prepared!r}
+    config.data.datasets = (
+        DatasetConfig(path={data!r}, query_prompt={query!r}, passage_prompt={passage!r}),
+    )
+    config.checkpoint.every = 0
+    return config
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--ranks", default="10:60")
+    parser.add_argument("--count", type=int, default=15)
+    parser.add_argument("--max-positive-ratio", type=float, default=0.95)
+    parser.add_argument("--split", default="test", help="that is evaluated on")
+    parser.add_argument("--train-queries", type=int, default=0)
+    parser.add_argument("--eval-queries", type=int, default=0)
+    parser.add_argument("--passages", type=int, default=0)
+    args = parser.parse_args()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(args)
+    mined = args.workdir / "mined.jsonl"
+    if not mined.exists():
+        call(
+            "piccolo_jax.mine", f"--model={args.model}", f"--queries={folder}", f"--output={mined}",
+            f"--ranks={args.ranks}", f"--count={args.count}",
+            f"--max-positive-ratio={args.max_positive_ratio}",
+            f"--query-prompt={QUERY}", f"--passage-prompt={PASSAGE}", "--max-length=192",
+            "--query-max-length=64", "--overwrite",
+        )  # fmt: skip
+    random = args.workdir / "random.jsonl"
+    write_random(folder / "corpus.jsonl", mined, random, args.count)
+    scores = {"before": evaluate(args.model, folder, args, "before")}
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    for seed in seeds:
+        for data in (random, mined):
+            name = f"{data.stem}-{seed}"
+            scores[name] = evaluate(train(name, data, seed, args), folder, args, name)
+            print(f"{name}: nDCG@10 {scores[name]:.4f} (before {scores['before']:.4f})", flush=True)
+    print(f"\n| negatives | {' | '.join(f'seed {s}' for s in seeds)} | mean |")
+    print(f"| --- |{' --- |' * (len(seeds) + 1)}")
+    for name in ("random", "mined"):
+        of_seeds = [scores[f"{name}-{seed}"] for seed in seeds]
+        cells = [f"{score:.4f}" for score in (*of_seeds, statistics.mean(of_seeds))]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print(f"| before training | {' | '.join([''] * len(seeds))} | {scores['before']:.4f} |")
+
+
+def call(module, *flags):
+    subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, check=True)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def make_folder(args):
+    """The BEIR folder that is used: that of --data, or as much of it as the flags say."""
+    if not (args.train_queries or args.passages or args.eval_queries):
+        return args.data.absolute()
+    folder = args.workdir.absolute() / "data"
+    folder.mkdir(exist_ok=True)
+    kept = {}
+    for split, most in (("train", args.train_queries), (args.split, args.eval_queries)):
+        queries = read(args.data / f"queries.{split}.jsonl")[: most or None]
+        names = {row["id"] for row in queries}
+        lines = (args.data / f"qrels.{split}.tsv").read_text("utf-8").splitlines()
+        lines = [line for line in lines if line.split("\t")[0] in names]
+        kept.update(dict.fromkeys(line.split("\t")[1] for line in lines))
+        (folder / f"qrels.{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write(folder / f"queries.{split}.jsonl", queries)
+    corpus = read(args.data / "corpus.jsonl")
+    others = [row["id"] for row in corpus if row["id"] not in kept]
+    left = max(args.passages - len(kept), 0) if args.passages else len(others)
+    chosen = np.random.default_rng(0).permutation(len(others))[:left]
+    kept.update(dict.fromkeys(others[i] for i in chosen))
+    write(folder / "corpus.jsonl", [row for row in corpus if row["id"] in kept])
+    return folder
+
+
+def write(path, rows):
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_random(corpus, mined, output, count):
+    """The rows of `mined` with negatives drawn from all passages that aren't positives."""
+    rows = read(corpus)
+    passages = [f"{row.get('title') or ''} {row['text']}".strip() for row in rows]
+    made = []
+    for i, row in enumerate(read(mined)):
+        order = np.random.default_rng((0, i)).choice(len(passages), 2 * count, replace=False)
+        texts = [passages[n] for n in order if passages[n] not in row["text_pos"]][:count]
+        made.append({k: row[k] for k in ("text", "text_pos", "type")} | {"text_neg": texts})
+    write(output, made)
+
+
+def train(name, data, seed, args):
+    """The export of a training run."""
+    workdir = args.workdir.absolute() / name
+    if not (workdir / "export").exists():
+        from piccolo_jax.models import pretrained
+
+        config = args.workdir / f"{name}.py"
+        config.write_text(CONFIG.format(
+            steps=args.steps, batch=args.batch, seed=seed, model=str(args.model.absolute()),
+            width=pretrained.read_spec(args.model).backbone.hidden_size, data=str(data.absolute()),
+            learning_rate=args.learning_rate, prepared=str(args.workdir.absolute() / "prepared"),
+            query=QUERY, passage=PASSAGE,
+        ), encoding="utf-8")  # fmt: skip
+        call("piccolo_jax.train", f"--config={config}", f"--workdir={workdir}")
+    return workdir / "export"
+
+
+def evaluate(model, folder, args, name):
+    """nDCG@10 of a model, in a process of its own, kept in WORKDIR."""
+    kept = args.workdir / f"{name}.score.json"
+    if not kept.exists():
+        done = subprocess.run(
+            [sys.executable, "-c", EVALUATION, str(ROOT), str(model), str(folder), args.split],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        kept.write_text(done.stdout.splitlines()[-1])
+    return json.loads(kept.read_text())
+
+
+EVALUATION = f"""
+import functools, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from piccolo_jax.config import EvalDatasetConfig
+from piccolo_jax.evaluation import encoder, local
+made, params = encoder.load(Path(sys.argv[2]))
+config = EvalDatasetConfig(path=sys.argv[3], split=sys.argv[4])
+config.query_prompt, config.passage_prompt = {QUERY!r}, {PASSAGE!r}
+encode = functools.partial(made.encode, params, progress="evaluating")
+print(local.EvalDataset(config).evaluate(encode, (made.width,))[made.width])
+"""
+
+
+if __name__ == "__main__":
+    main()

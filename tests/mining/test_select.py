@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from piccolo_jax.mining import select
+
+
+def test_packing_keeps_every_bit_and_the_order():
+    scores = np.float32([np.inf, 1.5, 1.5, 1e-40, 0.0, -0.0, -1e-40, -1.5, -3e38])
+    indices = np.array([7, 3, 4, 0, 1, 2**32 - 2, 5, 6, 9])
+    packed = select.pack(scores, indices)
+    assert (np.diff(packed.astype(object)) > 0).all()
+    back, places = select.unpack(packed)
+    np.testing.assert_array_equal(places, indices)
+    np.testing.assert_array_equal(back, scores)
+
+
+def test_what_scores_minus_infinity_is_nobody():
+    packed = select.pack(np.float32([-np.inf, -3e38]), np.array([3, 4]))
+    scores, indices = select.unpack(packed)
+    assert indices.tolist() == [-1, 4]
+    assert scores[0] == -np.inf
+    assert packed[0] == packed.max()
+
+
+@pytest.mark.parametrize("k", [1, 5, 64, 150, 400, 1000])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "rising", "negative"])
+def test_the_largest_over_all_tiles_are_found_ties_by_index(k, kind):
+    rng = np.random.default_rng(k)
+    x = {
+        "distinct": lambda: rng.normal(size=(6, 500)),
+        "ties": lambda: rng.integers(0, 9, (6, 500)),
+        "equal": lambda: np.zeros((6, 500)),
+        "rising": lambda: np.arange(3000).reshape(6, 500),
+        "negative": lambda: -rng.random((6, 500)) - 1,
+    }[kind]()
+    x = x.astype(np.float32)
+    tiles = [x[:, start : start + 64] for start in range(0, 500, 64)]  # the last one is narrower
+    scores, indices = select.unpack(select.largest(tiles, 1000, k))
+    order = np.argsort(-x, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(indices, order + 1000)
+    np.testing.assert_array_equal(scores, np.take_along_axis(x, order, axis=1))
+
+
+def test_only_what_reaches_the_threshold_is_sorted():
+    x = np.random.default_rng(0).normal(size=(4, 50 * 64)).astype(np.float32)
+    tiles = [x[:, start : start + 64] for start in range(0, x.shape[1], 64)]
+    for k in (10, 100):
+        reach = (x >= select._threshold(tiles, k)[:, None]).sum(axis=1)
+        assert (reach >= k).all()
+        assert reach.max() < 1.5 * k
+
+
+def test_merging_keeps_the_first_of_both():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 20, (3, 60)).astype(np.float32)
+    packed = select.pack(scores, np.tile(np.arange(60), (3, 1)))
+    parts = [np.sort(packed[:, :25], axis=1), np.sort(packed[:, 25:], axis=1)]
+    np.testing.assert_array_equal(select.merge(*parts, 10), np.sort(packed, axis=1)[:, :10])
