@@ -5,7 +5,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from piccolo_jax.data.overlap import normalise
 from piccolo_jax.errors import UserError
 
 Texts = Sequence[str]
@@ -22,16 +22,6 @@ Texts = Sequence[str]
 def digest(text: str) -> int:
     """64 bits that stand for a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
-def normalised(text: str) -> str:
-    """What is left of a text without case, width, punctuation, symbols and spaces.
-
-    Unicode's compatibility forms (NFKC), case-folded, only letters, marks and numbers of it; where
-    nothing is left, the text.
-    """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return "".join(c for c in folded if unicodedata.category(c)[0] in "LMN") or text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +62,7 @@ def of_texts(texts: Iterable[str], source: str) -> Corpus:
         distinct,
         np.asarray([len(text) for text in distinct], np.int32),
         np.asarray([digest(text) for text in distinct], np.uint64),
-        np.asarray([digest(normalised(text)) for text in distinct], np.uint64),
+        np.asarray([digest(normalise(text)) for text in distinct], np.uint64),
     )
 
 
@@ -109,7 +99,7 @@ def read(path: Path, wanted: collections.abc.Container[str] = (), progress: bool
             offsets.append(offset)
             lengths.append(len(text))
             exact.append(digest(text))
-            normal.append(digest(normalised(text)))
+            normal.append(digest(normalise(text)))
     if not offsets:
         first = f"; the first: {unusable[0]}" if unusable else ""
         raise UserError(f"{path}: holds no passages, rows {{id, title, text}} or {{text}}{first}")

@@ -5,8 +5,9 @@ import dataclasses
 
 import numpy as np
 
+from piccolo_jax.data.overlap import normalise
 from piccolo_jax.errors import UserError
-from piccolo_jax.mining.corpus import Corpus, digest, normalised
+from piccolo_jax.mining.corpus import Corpus, digest
 from piccolo_jax.mining.queries import Query
 from piccolo_jax.mining.search import Neighbours
 
@@ -123,7 +124,7 @@ def mine(
     for i, query in enumerate(queries):
         rows = found.indices[i]
         normals = corpus.normal[rows]
-        own = digest(normalised(query.text))
+        own = digest(normalise(query.text))
         _, firsts = np.unique(normals, return_index=True)
         repeated = np.ones(len(rows), bool)
         repeated[firsts] = False
@@ -148,10 +149,10 @@ def _positives(queries: list[Query]) -> tuple[dict[int, np.ndarray], dict[int, n
     exact: dict[int, set[int]] = collections.defaultdict(set)
     normal: dict[int, set[int]] = collections.defaultdict(set)
     for query in queries:
-        own = digest(normalised(query.text))
+        own = digest(normalise(query.text))
         for text in query.positives:
             exact[own].add(digest(text))
-            normal[own].add(digest(normalised(text)))
+            normal[own].add(digest(normalise(text)))
     return _arrays(exact), _arrays(normal)
 
 

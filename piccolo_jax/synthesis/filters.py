@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
+from piccolo_jax.data.overlap import normalise
 from piccolo_jax.synthesis import wording
 
 
@@ -68,7 +69,7 @@ def _language(row: Row, limits: Limits) -> str:
 
 
 def _same(row: Row, limits: Limits) -> str:
-    query, positive, negative = map(wording.normalise, (row.query, *row.documents))
+    query, positive, negative = map(normalise, (row.query, *row.documents))
     if query in (positive, negative):
         return f"the query is the {'positive' if query == positive else 'negative'}"
     if positive == negative:
@@ -80,11 +81,11 @@ def _same(row: Row, limits: Limits) -> str:
 
 
 def _leak(row: Row, limits: Limits) -> str:
-    query = wording.normalise(row.query)
+    query = normalise(row.query)
     if len(wording.units(row.query)) < limits.leak_length:
         return ""
     for name, text in (("positive", row.positive), ("negative", row.negative)):
-        if query in wording.normalise(text):
+        if query in normalise(text):
             return f"the {name} repeats the query"
     return ""
 

@@ -9,8 +9,9 @@ from typing import Any
 import tqdm
 
 from piccolo_jax import metrics
+from piccolo_jax.data.overlap import normalise
 from piccolo_jax.errors import UserError
-from piccolo_jax.synthesis import answers, wording
+from piccolo_jax.synthesis import answers
 from piccolo_jax.synthesis.client import Endpoint, Messages, NoAnswerError
 from piccolo_jax.synthesis.journal import Journal, Phase, Progress, Record
 from piccolo_jax.synthesis.prompts import Prompts
@@ -163,7 +164,7 @@ class Synthesis:
             value = self.journal.of("topics", number).value
             if isinstance(value, answers.Topics):
                 for topic in value.topics:
-                    found.setdefault(wording.normalise(topic), topic)
+                    found.setdefault(normalise(topic), topic)
         return list(found.values())
 
     async def _ask_all(

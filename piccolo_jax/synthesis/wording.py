@@ -1,10 +1,11 @@
 """What filters ask of a text: its normalised form, length, language and likeness to others."""
 
 import re
-import unicodedata
 import zlib
 
 import datasketch
+
+from piccolo_jax.data.overlap import normalise
 
 _HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _KANA = r"\u3040-\u30ff"
@@ -15,12 +16,6 @@ _SCRIPTS = {  # of a language's words; other languages are not checked
 }
 _SHINGLE = 3  # characters
 _PERMUTATIONS = 128
-
-
-def normalise(text: str) -> str:
-    """Letters and digits alone, in one case and width."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(filter(str.isalnum, folded))
 
 
 def units(text: str) -> list[str]:

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from piccolo_jax.data.overlap import normalise
 from piccolo_jax.errors import UserError
 from piccolo_jax.mining import corpus as corpus_lib
 
@@ -75,12 +76,12 @@ def test_a_file_that_changes_while_it_is_read_is_said(tmp_path):
      ("é", "e\u0301"), ("㍿", "株式会社"), ("ｶﾞ", "ガ")],
 )  # fmt: skip
 def test_case_width_punctuation_and_spaces_are_normalised_away(one, other):
-    assert corpus_lib.normalised(one) == corpus_lib.normalised(other)
+    assert normalise(one) == normalise(other)
 
 
 def test_other_words_stay_different():
-    assert corpus_lib.normalised("10公里") != corpus_lib.normalised("19公里")
-    assert corpus_lib.normalised("！！") != corpus_lib.normalised("？？")
+    assert normalise("10公里") != normalise("19公里")
+    assert normalise("！！") != normalise("？？")
 
 
 def test_equal_texts_in_memory_are_one_passage():
