@@ -194,7 +194,7 @@ def test_what_was_saved_goes_on_where_it_was():
     for step in (0, 2, 4, 6, 8):
         straight.update(step, embeddings(step))
     saved = straight.save()
-    assert 0 < saved["0"]["block"].sum()
+    assert saved["0"]["block"].sum() > 0
     resumed = changing(other, **fields, negatives=2)
     resumed.restore(saved)
     for field, value in resumed.save()["0"].items():
