@@ -188,15 +188,18 @@ def test_each_block_is_measured_from_when_it_came_into_use_and_the_last_one_stay
 
 
 def test_what_was_saved_goes_on_where_it_was():
-    fields = {"remine_every": 4, "remine_ranks": (1, 30), "remine_count": 6, "replace_every": 2}
+    fields = {"remine_every": 6, "remine_ranks": (1, 30), "remine_count": 6, "replace_every": 2}
     one, other = Store(), Store()
     straight = changing(one, **fields, negatives=2)
-    for step in (0, 2, 4, 6):
+    for step in (0, 2, 4, 6, 8):
         straight.update(step, embeddings(step))
     saved = straight.save()
+    assert saved["0"]["block"].sum() > 0
     resumed = changing(other, **fields, negatives=2)
     resumed.restore(saved)
-    for step in (8, 10):
+    for field, value in resumed.save()["0"].items():
+        np.testing.assert_array_equal(value, saved["0"][field], err_msg=field)
+    for step in (10, 12):
         straight.update(step, embeddings(step))
         resumed.update(step, embeddings(step))
         for field in ("values", "offsets"):
