@@ -88,7 +88,7 @@ def make_model(config: Config, spec: pretrained.Pretrained, platform: str) -> Em
     dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
         model.dtype, jnp.float32 if on_cpu else jnp.bfloat16
     )
-    scanned = on_cpu if model.scan_layers is None else model.scan_layers
+    unrolled = not on_cpu if model.layers == "auto" else model.layers == "unrolled"
     return Embedder(
         backbone,
         pooling=model.pooling or spec.pooling or "mean",
@@ -97,7 +97,7 @@ def make_model(config: Config, spec: pretrained.Pretrained, platform: str) -> Em
         remat=model.remat,
         row_chunk=_CPU_ROW_CHUNK if on_cpu else 0,
         kernels=platform == "tpu",
-        unrolled=not scanned,
+        unrolled=unrolled,
     )
 
 

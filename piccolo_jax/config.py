@@ -86,8 +86,9 @@ class ModelConfig:
     dtype: str = "auto"  # of matrix products: float32, bfloat16; auto: float32 on CPU only
     # Recomputed in the backward pass: none, dots (all but products and attention), full.
     remat: str = "dots"
-    # One program for all layers, which compiles faster and runs slower; None: on CPU only.
-    scan_layers: bool | None = None
+    # scanned: one program for all layers, which compiles faster; unrolled: one for each, which runs
+    # faster on TPUs; auto: scanned on CPU only.
+    layers: str = "auto"
     freeze: tuple[str, ...] = ("position_embeddings",)  # regexes on parameter paths
 
 
@@ -251,7 +252,7 @@ class Config:
 # Fields that may differ between the runs of one workdir: they don't change what is learnt.
 _FREE_FIELDS = re.compile(
     r"checkpoint\..*|log\..*|eval\..*|mesh\..*|train\..*|data\.prepared_dir|model\.remat"
-    r"|model\.scan_layers|loss\.block_size"
+    r"|model\.layers|loss\.block_size"
 )
 
 
@@ -304,6 +305,7 @@ def validate(config: Config) -> None:
     one_of("model.pooling", "", "mean", "cls", "last")
     one_of("model.dtype", "auto", "float32", "bfloat16")
     one_of("model.remat", "none", "dots", "full")
+    one_of("model.layers", "auto", "scanned", "unrolled")
     not_negative("model.embed_dim")
     require(model.dropout is None or 0 <= model.dropout < 1, "model.dropout", "None or in [0, 1)")
     for pattern in model.freeze:

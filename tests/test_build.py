@@ -110,6 +110,18 @@ def test_defaults_are_mean_pooling_dropout_as_published_and_what_suits_a_cpu():
 
 
 @pytest.mark.parametrize(
+    ("layers", "on_cpu", "on_tpu"),
+    [("auto", False, True), ("scanned", False, False), ("unrolled", True, True)],
+)
+def test_layers_are_scanned_on_cpu_and_unrolled_elsewhere_unless_told(layers, on_cpu, on_tpu):
+    config = small.config()
+    config.model.layers = layers
+    spec = build.spec_of_sizes(config)
+    assert build.make_model(config, spec, "cpu").unrolled == on_cpu
+    assert build.make_model(config, spec, "tpu").unrolled == on_tpu
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (

@@ -91,7 +91,8 @@ def leaves(node, path="config"):
 
 @pytest.mark.parametrize(("field", "value"), list(leaves(Config())))
 def test_every_field_can_be_set_from_the_command_line(parse, field, value):
-    value = 0.5 if value is None else "some/tokenizer" if field.endswith("tokenizer") else value
+    unset = 2.0 if field.endswith("temperature") else 0.5
+    value = unset if value is None else "some/tokenizer" if field.endswith("tokenizer") else value
     config, _ = parse(f"--{field}={value}")
     node = config
     for name in field.split(".")[1:]:

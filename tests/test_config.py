@@ -84,6 +84,7 @@ def test_the_configs_that_ship_are_valid(name):
         ("model.dropout", float("nan"), "finite"),
         ("model.dtype", "float16", "'bfloat16'"),
         ("model.remat", "all", "'full'"),
+        ("model.layers", "looped", "'unrolled'"),
         ("model.freeze", ("(",), "regular expressions"),
         ("model.freeze", "position", "tuple"),
         ("loss.block_size", -1, "0 or greater"),
@@ -262,6 +263,7 @@ def test_diff_sees_datasets_that_come_and_go():
         ("eval.datasets", (EvalDatasetConfig(path="dev"),)),
         ("mesh.fsdp", 2),
         ("model.remat", "full"),
+        ("model.layers", "unrolled"),
         ("data.prepared_dir", "elsewhere"),
     ],
 )
