@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import small
-from conftest import ROOT
 
 from piccolo_jax import plan
 from piccolo_jax.config import Config, DatasetConfig
@@ -28,6 +28,7 @@ def get_config():
     config.data.datasets = config.data.datasets[1:2]
     return config
 """
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WARNING = "Involuntary full rematerialization"
 
 
@@ -184,7 +185,7 @@ def test_the_published_recipe_compiles_without_moving_activations_whole(capfd, t
         f"data.datasets[0].task={task}",
     )  # fmt: skip
     code, result, err = planned(
-        capfd, f"--config={ROOT / 'configs' / 'base.py'}", "--topology=v5e:2x2",
+        capfd, f"--config={CONFIGS / 'base.py'}", "--topology=v5e:2x2",
         *(f"--config.{field}" for field in fields),
     )  # fmt: skip
     assert code == 0
