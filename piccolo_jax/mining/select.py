@@ -4,13 +4,9 @@ A score and the index of its key are one unsigned number, smaller for a larger s
 scores, for a smaller index: sorting and merging need nothing else.
 """
 
-import itertools
-
 import numpy as np
 
 NONE = np.uint64(2**64 - 1)  # behind every pair
-
-_BINS_PER_K = 8  # maxima that a row's threshold is taken from
 
 
 def pack(scores: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -19,9 +15,17 @@ def pack(scores: np.ndarray, indices: np.ndarray) -> np.ndarray:
     -inf becomes NONE.
     """
     bits = (scores + np.float32(0)).view(np.uint32)  # -0 becomes 0
-    falling = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF))
-    packed = (falling.astype(np.uint64) << np.uint64(32)) | indices.astype(np.uint64)
-    return np.where(np.isneginf(scores), NONE, packed)
+    some_negative = scores.min(initial=0) < 0
+    if some_negative:
+        falling = np.where(bits >> 31, bits, bits ^ np.uint32(0x7FFFFFFF))
+    else:
+        falling = bits ^ np.uint32(0x7FFFFFFF)
+    packed = falling.astype(np.uint64)
+    packed <<= np.uint64(32)
+    packed |= indices.astype(np.uint64)
+    if some_negative:
+        packed[np.isneginf(scores)] = NONE
+    return packed
 
 
 def unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -41,49 +45,68 @@ def merge(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
     return both[:, :k]
 
 
-def largest(tiles: list[np.ndarray], first_index: int, k: int) -> np.ndarray:
-    """Packed [rows, <= k], sorted: the largest scores of each row over all tiles.
+class Largest:
+    """The k largest scores of each row, of tiles that come by one after another.
 
-    `tiles` are float32 [rows, keys] each, of consecutive keys from `first_index` on. Every row gets
-    a threshold that at least k of its scores reach, from maxima over strided bins; only what
-    reaches it is looked at further and sorted.
+    A row keeps what is above its threshold, its k-th largest score when the thresholds were last
+    taken; they are taken anew when a row has gathered k more. So all but a few of the scores are
+    looked at once, while they are in the cache.
     """
-    rows = len(tiles[0])
-    starts = np.cumsum([0, *(tile.shape[1] for tile in tiles)])
-    threshold = _threshold(tiles, k)[:, None]
-    found, counts = [], []
-    for tile, start in zip(tiles, starts[:-1], strict=True):
-        flat = np.flatnonzero(tile >= threshold)
-        row = flat // tile.shape[1]
-        key = flat - row * tile.shape[1]
-        found.append((row, pack(tile[row, key], key + (first_index + start))))
-        counts.append(np.bincount(row, minlength=rows))
-    most = int(np.sum(counts, axis=0).max())
-    packed = np.full((rows, most), NONE)
-    filled = np.zeros(rows, np.int64)
-    for (row, values), count in zip(found, counts, strict=True):
-        before = np.cumsum(count) - count
-        packed[row, np.arange(len(row)) + np.repeat(filled - before, count)] = values
-        filled += count
-    packed.sort(axis=1)
-    return packed[:, :k]
+
+    def __init__(self, best: np.ndarray):
+        """`best`: packed [rows, k], sorted, of earlier tiles; NONE where there was nothing."""
+        rows, k = best.shape
+        self._k = k
+        self._kept = np.full((rows, 2 * k), NONE)
+        self._kept[:, :k] = best
+        self._count = (best != NONE).sum(axis=1)
+        self._threshold = _kth(best)
+
+    def add(self, scores: np.ndarray, first_index: int) -> None:
+        """Looks at float32 [rows, keys], of consecutive keys from `first_index` on.
+
+        All indices must be above those of earlier calls: of equal scores the earlier ones win.
+        """
+        rows, width = scores.shape
+        first = not self._count.any()
+        if first and width > 2 * self._k:
+            # What is below the k-th largest of these is not worth keeping.
+            threshold = np.partition(scores, width - self._k, axis=1)[:, width - self._k, None]
+            place = np.flatnonzero(scores >= threshold)
+        else:
+            place = np.flatnonzero(scores > self._threshold)
+        row_starts = np.arange(rows) * width
+        before = np.searchsorted(place, row_starts)
+        more = np.diff(before, append=len(place))
+        self._make_room(int((self._count + more).max(initial=0)))
+        packed = pack(scores.ravel()[place], place + np.repeat(first_index - row_starts, more))
+        room_starts = np.arange(rows) * self._kept.shape[1]
+        room = np.arange(len(place)) + np.repeat(room_starts + self._count - before, more)
+        self._kept.ravel()[room] = packed
+        self._count += more
+        if self._count.max(initial=0) >= (self._k if first else 2 * self._k):
+            self._forget()
+
+    def best(self) -> np.ndarray:
+        """Packed [rows, k], sorted; NONE where a row has seen fewer than k."""
+        filled = max(int(self._count.max(initial=0)), self._k)
+        return np.sort(self._kept[:, :filled], axis=1)[:, : self._k]
+
+    def _make_room(self, most: int) -> None:
+        missing = most - self._kept.shape[1]
+        if missing > 0:
+            self._kept = np.pad(self._kept, ((0, 0), (0, missing)), constant_values=NONE)
+
+    def _forget(self) -> None:
+        """Keeps the k best of each row and takes the thresholds from them."""
+        k, most = self._k, int(self._count.max())
+        kept = np.partition(self._kept[:, :most], k - 1, axis=1)[:, :k]
+        self._kept[:, :k] = kept
+        self._kept[:, k:most] = NONE
+        self._count = np.minimum(self._count, k)
+        self._threshold = _kth(kept)
 
 
-def _threshold(tiles: list[np.ndarray], k: int) -> np.ndarray:
-    """For each row a number that at least k of its scores reach; -inf if there are fewer."""
-    widest = max(tile.shape[1] for tile in tiles)
-    whole = [tile for tile in tiles if tile.shape[1] == widest]
-    bins = min(len(whole), -(-_BINS_PER_K * k // widest))
-    if bins * widest < k:
-        return np.full(len(tiles[0]), -np.inf, np.float32)
-    maxima = np.concatenate([_maximum(whole[start::bins]) for start in range(bins)], axis=1)
-    place = maxima.shape[1] - k
-    maxima.partition(place, axis=1)
-    return maxima[:, place]
-
-
-def _maximum(tiles: list[np.ndarray]) -> np.ndarray:
-    result = tiles[0].copy()
-    for tile in itertools.islice(tiles, 1, None):
-        np.maximum(result, tile, out=result)
-    return result
+def _kth(packed: np.ndarray) -> np.ndarray:
+    """The scores [rows, 1] in the last column: the k-th largest, -inf where there are fewer."""
+    return unpack(packed[:, -1:])[0]

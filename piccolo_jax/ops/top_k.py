@@ -14,18 +14,7 @@ from jaxtyping import Array, Float, Int
 from piccolo_jax.sharding import AXES
 
 TILE = 2048  # keys
-_TILES_AT_ONCE = 32  # whose scores exist at the same time, on a device that selects
-
-
-def tile_scores(
-    queries: Float[Array, "queries width"], tiles: Float[Array, "tiles keys width"]
-) -> Float[Array, "tiles queries keys"]:
-    """Inner products of every query with the keys of every tile, float32 at highest precision.
-
-    `tiles` are split over all devices of the mesh in context, and so is the result; queries are on
-    every device. Moves nothing.
-    """
-    return jax.shard_map(_products, in_specs=(P(), P(AXES)), out_specs=P(AXES))(queries, tiles)
+_TILES_AT_ONCE = 32  # whose scores exist at the same time on a device
 
 
 def nearest(
