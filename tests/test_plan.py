@@ -202,7 +202,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capfd):
     code, result, _ = planned(
         capfd, f"--config={path}", "--topology=v5e:2x2", "--config.model.hidden_size=128",
         "--config.model.intermediate_size=512", "--config.model.num_layers=4",
-        "--config.data.datasets[0].task=retrieval",
+        "--config.data.datasets[0].task=retrieval", "--config.model.remat=none",
     )  # fmt: skip
     assert code == 2
     assert not result["fits"]
