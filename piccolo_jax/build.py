@@ -50,7 +50,11 @@ def build(config: Config, platform: str | None = None) -> Parts:
                 f"config.data.{name} = {getattr(data, name)}: must be at most"
                 f" {backbone.max_positions}, the positions of {model.init}"
             )
-    tokenizer = Tokenizer(model.tokenizer or str(init))
+    tokenizer = (
+        Tokenizer(model.tokenizer)
+        if model.tokenizer
+        else Tokenizer(spec.tokenizer, lower_case=spec.lower_case)
+    )
     if tokenizer.vocab_size > backbone.vocab_size:
         raise UserError(
             f"config.model.tokenizer = {model.tokenizer!r}: has {tokenizer.vocab_size} token ids,"
@@ -84,20 +88,26 @@ def make_model(config: Config, spec: pretrained.Pretrained, platform: str) -> Em
             backbone, hidden_dropout=model.dropout, attention_dropout=model.dropout
         )
     config_lib.validate_width(config, model.embed_dim or backbone.hidden_size)
-    on_cpu = platform == "cpu"
-    dtype = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
-        model.dtype, jnp.float32 if on_cpu else jnp.bfloat16
-    )
-    unrolled = not on_cpu if model.layers == "auto" else model.layers == "unrolled"
-    return Embedder(
+    embedder = Embedder(
         backbone,
         pooling=model.pooling or spec.pooling or "mean",
         embed_dim=model.embed_dim,
-        dtype=dtype,
         remat=model.remat,
+    )
+    return for_platform(embedder, platform, model.dtype, model.layers)
+
+
+def for_platform(
+    model: Embedder, platform: str, dtype: str = "auto", layers: str = "auto"
+) -> Embedder:
+    """`model` computed as suits `platform`; `dtype` and `layers` are as in config.ModelConfig."""
+    on_cpu = platform == "cpu"
+    types = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    return model.clone(
+        dtype=types.get(dtype, jnp.float32 if on_cpu else jnp.bfloat16),
         row_chunk=_CPU_ROW_CHUNK if on_cpu else 0,
         kernels=platform == "tpu",
-        unrolled=unrolled,
+        unrolled=not on_cpu if layers == "auto" else layers == "unrolled",
     )
 
 

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     for note in inputs.notes:
         say(note)
     mesh = MeshConfig(fsdp=args.fsdp, tensor=args.tensor)
-    encoder, params = encoder_lib.load(args.model, mesh)
+    encoder, params = encoder_lib.load(args.model, mesh, dtype="auto")
     if not 0 <= args.dim <= encoder.width:
         raise UserError(f"--dim={args.dim}: must be from 1 to {encoder.width}, the model's width")
     dim = args.dim or encoder.width

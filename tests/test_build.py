@@ -51,6 +51,19 @@ def config_from(directory, embed_dim=24):
     return config
 
 
+def test_texts_are_put_in_lower_case_if_the_weights_were_trained_so(exported, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "m")
+    small.make_cased(tmp_path / "m")
+    plain = build.build(config_from(tmp_path / "m")).tokenizer
+    limits = '{"max_seq_length": 32, "do_lower_case": true}'
+    (tmp_path / "m" / "sentence_bert_config.json").write_text(limits)
+    lower = build.build(config_from(tmp_path / "m")).tokenizer
+    texts = ["ABC Abc", "abc abc"]
+    assert [len(set(map(bytes, t.encode(texts, 9)[0]))) for t in (plain, lower)] == [2, 1]
+    assert plain.fingerprint != lower.fingerprint
+    assert (plain.lower_case, lower.lower_case) == (False, True)
+
+
 def test_random_weights_depend_on_the_seed():
     first = make_params(small.config(), seed=1)
     other = differing(first, make_params(small.config(), seed=2))

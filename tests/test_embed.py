@@ -7,6 +7,7 @@ from small import run_command
 
 from piccolo_jax import build, embed, export
 from piccolo_jax.evaluation import encoder
+from piccolo_jax.quantize import Quantizer
 
 TEXTS = ["今天天气很好", "", "好", "A short English sentence." * 9, "今天天气很好", "a\u2028b\x85c"]
 
@@ -78,6 +79,78 @@ def test_the_prompt_is_put_before_every_text(model, files, tmp_path):
     )
 
 
+def test_a_prompt_of_the_model_is_named(model, files, capsys):
+    assert run(model, files, "--prompt-name=query") == 0
+    by_name = np.load(files[1])
+    assert run(model, files, "--prompt=查询：", "--overwrite") == 0
+    np.testing.assert_allclose(np.load(files[1]), by_name, atol=1e-6)
+    capsys.readouterr()
+    assert run(model, files, "--prompt-name=web", "--overwrite") == 2
+    assert "prompt_name = 'web': must be one of 'query', 'document'" in error(capsys)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Input and output, and the float32 embeddings of 60 texts at 18 dimensions."""
+    folder = tmp_path_factory.mktemp("many")
+    texts = [f"第{i}个句子" * (1 + i % 3) for i in range(60)]
+    (folder / "t.txt").write_text("\n".join(texts), encoding="utf-8")
+    return folder / "t.txt", folder / "out.npy"
+
+
+@pytest.mark.parametrize(("precision", "dtype", "width"), [("int8", "i1", 18), ("binary", "u1", 3)])
+def test_codes_are_written_with_their_calibration(
+    model, many, precision, dtype, width, capsys, tmp_path
+):
+    assert run(model, many, "--dim=18", "--overwrite") == 0
+    exact = np.load(many[1])
+    files = (many[0], tmp_path / "codes.npy")
+    assert run(model, files, "--dim=18", f"--precision={precision}") == 0
+    out = capsys.readouterr().out
+    assert f"{60 * width:,} bytes instead of 4,320; of the 10 nearest of 54 texts, " in out
+    assert "% are found (6 other texts as queries)" in out
+    calibration = tmp_path / "codes.calibration.safetensors"
+    assert sorted(tmp_path.iterdir()) == sorted([files[1], calibration])
+    codes, quantizer = np.load(files[1]), Quantizer.load(calibration)
+    assert (codes.dtype, codes.shape) == (np.dtype(dtype), (60, width))
+    np.testing.assert_array_equal(codes, Quantizer.fit(exact, precision).quantize(exact))
+    np.testing.assert_array_equal(codes, quantizer.quantize(exact))
+
+    # Another file by the same calibration.
+    (tmp_path / "one.txt").write_text("第3个句子第3个句子", encoding="utf-8")
+    files = (tmp_path / "one.txt", tmp_path / "one.npy")
+    flags = ("--dim=18", f"--precision={precision}", f"--calibration={calibration}")
+    assert run(model, files, *flags) == 0
+    assert not (tmp_path / "one.calibration.safetensors").exists()
+    assert np.load(files[1]).shape == (1, width)
+
+
+def test_calibrations_that_do_not_fit_are_errors(model, many, capsys, tmp_path):
+    files = (many[0], tmp_path / "codes.npy")
+    calibration = tmp_path / "c.safetensors"
+    Quantizer.fit(np.eye(30, dtype=np.float32), "int8").save(calibration)
+    flag = f"--calibration={calibration}"
+    for flags, message in (
+        ([flag], "--calibration: is for --precision=int8 or binary"),
+        ([flag, "--precision=binary"], "is of int8, but --precision=binary"),
+        ([flag, "--precision=int8", "--dim=8"], "is of 30 dimensions, not of 8"),
+        ([f"{flag}x", "--precision=int8"], "c.safetensorsx: not a readable calibration"),
+    ):
+        assert run(model, files, *flags) == 2
+        assert message in error(capsys)
+    (tmp_path / "codes.calibration.safetensors").write_text("mine")
+    assert run(model, files, "--precision=int8") == 2
+    assert "codes.calibration.safetensors exists; --overwrite" in error(capsys)
+    assert (tmp_path / "codes.calibration.safetensors").read_text() == "mine"
+    assert not files[1].exists()
+
+
+def test_one_text_cannot_be_calibrated_on(model, capsys, tmp_path):
+    (tmp_path / "one.txt").write_text("一", encoding="utf-8")
+    assert run(model, (tmp_path / "one.txt", tmp_path / "o.npy"), "--precision=int8") == 2
+    assert "one text is too few to calibrate on: give --calibration" in error(capsys)
+
+
 def test_another_field_and_plain_text_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"title": "a"}\r\n{"title": ""}')
@@ -130,7 +203,8 @@ def test_places_that_cannot_be_used_are_named(model, files, tmp_path, capsys):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
     for arguments, place in (
-        ((tmp_path / "none", files), "none/config.json: no such file"),
+        ((tmp_path / "none", files), "none' is not a directory here"),
+        ((tmp_path / "folder", files), "folder/config.json: no such file"),
         ((model, (tmp_path / "none.jsonl", files[1])), "none.jsonl: can't be read"),
         ((model, (tmp_path / "folder", files[1])), "folder: can't be read"),
         ((model, (tmp_path / "empty.jsonl", files[1])), "empty.jsonl: is empty"),

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import transformers
+from tokenizers import normalizers
 
 from piccolo_jax.errors import UserError
 
@@ -13,10 +15,12 @@ from piccolo_jax.errors import UserError
 class Tokenizer:
     """A fast Hugging Face tokenizer, with its special tokens put around each text.
 
-    Raises UserError if the directory or hub id holds no fast tokenizer. Never runs remote code.
+    `lower_case` puts texts in lower case first, as `do_lower_case` of sentence-transformers does;
+    transformers forgets it when it saves and loads a tokenizer. Raises UserError if the directory
+    or hub id holds no fast tokenizer. Never runs remote code.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, lower_case: bool = False):
         try:
             self.hf = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare ones
@@ -25,6 +29,9 @@ class Tokenizer:
         if not self.hf.is_fast:
             raise UserError(f"{path}: the tokenizer has no tokenizer.json (a fast tokenizer)")
         self._backend = self.hf.backend_tokenizer
+        self.lower_case = lower_case
+        if lower_case:
+            _lower(self._backend)
         self._backend.no_padding()
         self._backend.no_truncation()
         self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
@@ -41,3 +48,8 @@ class Tokenizer:
         self._backend.no_truncation()  # nor in what is exported
         ids = [np.asarray(e.ids, np.int32) for e in encodings]
         return ids, [bool(e.overflowing) for e in encodings]
+
+
+def _lower(backend: tokenizers.Tokenizer) -> None:
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])

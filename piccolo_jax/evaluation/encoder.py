@@ -1,5 +1,10 @@
-"""Texts to embeddings, packed and on all devices, with a few compiled shapes."""
+"""Token ids to embeddings by given parameters: packed, on all devices, in a few compiled shapes.
 
+Training evaluates and mines with it while its parameters change. `piccolo_jax.Encoder` is for who
+has a model: it owns its parameters, and knows its prompts and its normalisation.
+"""
+
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,29 +14,46 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from piccolo_jax import sharding
+from piccolo_jax import build, sharding
 from piccolo_jax.config import MeshConfig
 from piccolo_jax.data import packing
 from piccolo_jax.data.tokenizer import Tokenizer
+from piccolo_jax.evaluation import batches
 from piccolo_jax.models import pretrained
 from piccolo_jax.models.embedder import Embedder, embedder_rules, encode
 from piccolo_jax.types import Batch, Params
 
-_ROW_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_TOKENS_PER_SHARD = 4096
+_LONG = (1024, 2048, 4096, 8192)
+# On a CPU attention is dear, batches had better stay in the caches, and compiling is quick.
+_ON_CPU = batches.Ladder(
+    (*range(16, 129, 16), *range(160, 257, 32), *range(320, 513, 64), 640, 768, *_LONG),
+    shared=512, tokens=1024, attention=1400,
+)  # fmt: skip
+_ELSEWHERE = batches.Ladder(
+    (64, 128, 256, 512, *_LONG), shared=512, tokens=4096, attention=2048
+)  # fmt: skip
+_TEXTS_AT_ONCE = 16384  # tokenised
+_IN_FLIGHT = 2  # batches that devices have or compute while the next is packed
 
 
 class Encoder:
-    """Encodes texts with a model on a mesh.
+    """A model as a function of its parameters and of texts, on a mesh.
 
-    Texts of like length share batches of a fixed shape per row length, so that the number of
-    compiled programs is at most that of `_ROW_LENGTHS`.
+    Texts of like length share batches of a few shapes (`ladder`), so that the number of compiled
+    programs is at most `most_programs`, whatever is encoded.
     """
 
     def __init__(self, model: Embedder, tokenizer: Tokenizer, mesh: Mesh, max_length: int):
         self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
         self.max_length = max_length
         self.width = model.embed_dim or model.backbone.hidden_size
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.ladder = _ON_CPU if on_cpu else _ELSEWHERE
+
+    @property
+    def most_programs(self) -> int:
+        """The most programs that are compiled for texts of up to max_length tokens."""
+        return self.ladder.most_programs(self.max_length)
 
     def encode(
         self, params: Params, texts: Sequence[str], prompt: str = "", progress: str = ""
@@ -44,7 +66,10 @@ class Encoder:
 
         In a run of several processes all must call this with the same texts; all get the result.
         """
-        tokens, _ = self.tokenizer.encode([prompt + text for text in texts], self.max_length)
+        tokens: list[np.ndarray] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            part = [prompt + text for text in texts[start : start + _TEXTS_AT_ONCE]]
+            tokens += self.tokenizer.encode(part, self.max_length)[0]
         return self.encode_tokens(params, tokens, progress)
 
     def encode_tokens(
@@ -53,47 +78,42 @@ class Encoder:
         """As encode(), of texts that are token ids already, int32 [length] each."""
         lengths = np.asarray([len(ids) for ids in tokens], np.int32)
         out = np.zeros((len(tokens), self.width), np.float32)
+        pending: collections.deque[tuple[batches.TextBatch, jax.Array]] = collections.deque()
         bar = tqdm.tqdm(
             total=len(tokens), desc=progress, unit=" texts", disable=not progress, leave=False
         )
-        row_length = np.asarray([_row_length(n) for n in lengths])
-        for length in np.unique(row_length):
-            members = np.flatnonzero(row_length == length)
-            rows = packing.plan_layout(lengths[members], int(length), shards=1)
-            shards = sharding.batch_shards_of(self.mesh)
-            rows_per_batch = max(_TOKENS_PER_SHARD // int(length), 1) * shards
-            for start in range(0, rows.rows_needed, rows_per_batch):
-                chosen = (rows.row >= start) & (rows.row < start + rows_per_batch)
-                grid = self._encode_rows(
-                    params, [tokens[i] for i in members[chosen]], lengths[members[chosen]],
-                    _part(rows, chosen, start, rows_per_batch // shards),
-                    packing.Shape(int(length), rows_per_batch // shards, 0),
-                )  # fmt: skip
-                slots = (rows.row[chosen] - start) * packing.num_segments(int(length))
-                out[members[chosen]] = grid[slots + rows.segment[chosen] - 1]
-                bar.update(int(chosen.sum()))
-        bar.close()
+
+        def take() -> None:
+            batch, grid = pending.popleft()
+            out[batch.members] = np.asarray(grid)[batch.slots]
+            bar.update(len(batch.members))
+
+        with bar:
+            for batch in batches.plan(lengths, self.ladder, sharding.batch_shards_of(self.mesh)):
+                arrays = self._arrays(tokens, lengths, batch)
+                with jax.set_mesh(self.mesh):
+                    pending.append((batch, self._apply(params, arrays)))
+                if len(pending) > _IN_FLIGHT:
+                    take()
+            while pending:
+                take()
         return out
 
-    def _encode_rows(
-        self,
-        params: Params,
-        tokens: list[np.ndarray],
-        lengths: np.ndarray,
-        layout: packing.Layout,
-        shape: packing.Shape,
-    ) -> np.ndarray:
-        local = sharding.local_shards(self.mesh)
+    def _arrays(
+        self, tokens: Sequence[np.ndarray], lengths: np.ndarray, batch: batches.TextBatch
+    ) -> Batch:
+        local, shape = sharding.local_shards(self.mesh), batch.shape
         shards = sharding.batch_shards_of(self.mesh)
         arrays = packing.fill(
-            layout, lengths, lambda members: [tokens[i] for i in members], shape, local
+            batch.layout,
+            lengths[batch.members],
+            lambda members: [tokens[i] for i in batch.members[members]],
+            shape,
+            local,
         )
-        grid = shards * shape.rows * packing.num_segments(shape.length)
-        arrays["text_slots"] = np.arange(grid, dtype=np.int32).reshape(shards, -1)[list(local)]
-        arrays["text_slots"] = arrays["text_slots"].reshape(-1)
-        batch = sharding.global_batch(self.mesh, arrays, {})
-        with jax.set_mesh(self.mesh):
-            return np.asarray(self._apply(params, batch))
+        slots = np.arange(shards * shape.rows * packing.num_segments(shape.length), dtype=np.int32)
+        arrays["text_slots"] = slots.reshape(shards, -1)[list(local)].reshape(-1)
+        return sharding.global_batch(self.mesh, arrays, {})
 
     @functools.cached_property
     def _apply(self) -> Callable[[Params, Batch], jax.Array]:
@@ -101,43 +121,36 @@ class Encoder:
         return jax.jit(apply, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
 
-def load(directory: Path, mesh_config: MeshConfig | None = None) -> tuple[Encoder, Params]:
+def load(
+    directory: Path, mesh_config: MeshConfig | None = None, dtype: str = "float32"
+) -> tuple[Encoder, Params]:
     """Encoder and parameters of an exported (or any sentence-transformers) directory.
 
+    `dtype`: of the matrix products, float32, bfloat16 or auto, which is bfloat16 but on a CPU.
     Raises UserError for what is missing or not supported.
     """
-    spec = pretrained.read_spec(directory)
+    return from_spec(pretrained.read_spec(directory), mesh_config, dtype)
+
+
+def from_spec(
+    spec: pretrained.Pretrained, mesh_config: MeshConfig | None = None, dtype: str = "float32"
+) -> tuple[Encoder, Params]:
+    """As load(), of a directory that was read already."""
     mesh = sharding.make_mesh(mesh_config or MeshConfig())
     model = Embedder(spec.backbone, pooling=spec.pooling or "mean", embed_dim=spec.embed_dim)
-    stored = pretrained.open_params(directory, spec.backbone, spec.embed_dim)
+    # Scanned: without a backward pass that costs nothing, and there are several programs.
+    model = build.for_platform(model, mesh.devices.flat[0].platform, dtype, layers="scanned")
+    stored = pretrained.open_params(spec.path, spec.backbone, spec.embed_dim)
     rules = embedder_rules(spec.backbone.model_type)
     shardings = sharding.param_shardings(mesh, stored, rules)
     params = jax.tree.map(sharding.place, stored, shardings)
-    max_length = min(
-        spec.max_seq_length or spec.backbone.max_positions, spec.backbone.max_positions
-    )
-    return Encoder(model, Tokenizer(directory), mesh, max_length), params
+    most = spec.backbone.max_positions
+    max_length = min(spec.max_seq_length or most, most)
+    tokenizer = Tokenizer(spec.tokenizer, lower_case=spec.lower_case)
+    return Encoder(model, tokenizer, mesh, max_length), params
 
 
 def cut(embeddings: np.ndarray, dim: int) -> np.ndarray:
     """The prefix of `dim` coordinates, then normalised to length 1 (0 stays 0)."""
     prefix = embeddings[:, :dim]
     return prefix / np.maximum(np.linalg.norm(prefix, axis=1, keepdims=True), 1e-12)
-
-
-def _row_length(tokens: int) -> int:
-    """Rows that hold two texts of this length or more, if there are such."""
-    fitting = [n for n in _ROW_LENGTHS if n >= tokens]
-    roomy = [n for n in fitting if n >= 2 * tokens and n <= 512]
-    return (roomy or fitting or [tokens])[0]
-
-
-def _part(
-    layout: packing.Layout, chosen: np.ndarray, start: int, rows_per_shard: int
-) -> packing.Layout:
-    """The texts of some rows of a layout for one shard, laid out over shards of equally many."""
-    shard, row = np.divmod(layout.row[chosen] - start, rows_per_shard)
-    return packing.Layout(
-        shard, row, layout.segment[chosen], layout.start[chosen], layout.slot[chosen],
-        rows_per_shard, 0,
-    )  # fmt: skip

@@ -4,7 +4,6 @@ Numpy, JSON and safetensors only; no torch.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from piccolo_jax.errors import UserError
+from piccolo_jax.models import modules as modules_lib
 from piccolo_jax.models.bert import BertConfig
 from piccolo_jax.models.embedder import BACKBONES, Embedder
+from piccolo_jax.models.modules import read_json
 
 _TO_SAFETENSORS = (
     "load it with transformers or sentence-transformers and save_pretrained() it, which writes"
     " safetensors"
 )
-_ST_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # theirs -> ours
-_LEGACY_POOLINGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 _DTYPES = ("F32", "F16", "BF16", "F64")
 # Of the encoder's tensors in a checkpoint of a model with a head.
 _PREFIXES = ("", "bert.", "roberta.")
@@ -44,8 +36,12 @@ class Pretrained:
     backbone: BertConfig
     pooling: str | None = None  # None: the directory doesn't say
     embed_dim: int = 0  # width of its scaling layer; 0: none
+    normalize: bool = False  # whether its last module normalises
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
+    default_prompt: str | None = None  # name of the prompt of texts that are given none
     max_seq_length: int | None = None
+    lower_case: bool = False  # whether texts are put in lower case before they are tokenised
+    tokenizer: Path = Path()  # folder of the tokenizer
 
 
 def resolve(init: str) -> Path:
@@ -74,36 +70,54 @@ def resolve(init: str) -> Path:
 
 
 def read_spec(directory: Path) -> Pretrained:
-    """Backbone, pooling, scaling layer and prompts of a model directory.
+    """Backbone, pooling, scaling layer, prompts and limits of a model directory.
 
     Reads transformers directories and sentence-transformers ones, of 2024 and of 6.x. Raises
     UserError naming the file and the field that is broken or not supported.
     """
     directory = Path(directory)
-    modules = _modules(directory)
-    config_path = directory / "config.json"
-    values = _read_json(config_path)
+    modules = modules_lib.read_modules(directory)
+    folder = modules.get("Transformer", directory)
+    config_path = folder / "config.json"
+    values = read_json(config_path)
     model_type = values.get("model_type")
     if model_type not in BACKBONES:
         raise UserError(
             f"{config_path}: model_type = {model_type!r}: must be one of {', '.join(BACKBONES)}"
         )
-    spec = Pretrained(
-        directory, BACKBONES[model_type].config.from_hf(values, source=str(config_path))
-    )
+    backbone = BACKBONES[model_type].config.from_hf(values, source=str(config_path))
+    spec = Pretrained(directory, backbone, tokenizer=folder)
     if "Pooling" in modules:
-        spec.pooling = _read_pooling(modules["Pooling"] / "config.json")
+        spec.pooling = modules_lib.read_pooling(modules["Pooling"], backbone.hidden_size)
     if "Dense" in modules:
-        spec.embed_dim = _read_dense(modules["Dense"] / "config.json", spec.backbone.hidden_size)
-    prompts_path = directory / "config_sentence_transformers.json"
-    if prompts_path.exists():
-        spec.prompts = {
-            k: v or "" for k, v in (_read_json(prompts_path).get("prompts") or {}).items()
-        }
-    length_path = directory / "sentence_bert_config.json"
-    if length_path.exists():
-        spec.max_seq_length = _read_json(length_path).get("max_seq_length")
+        spec.embed_dim, _ = modules_lib.read_dense(modules["Dense"], backbone.hidden_size)
+    if "Normalize" in modules:
+        modules_lib.check_normalize(modules["Normalize"])
+        spec.normalize = True
+    spec.prompts, spec.default_prompt = _read_prompts(directory)
+    spec.max_seq_length, spec.lower_case = modules_lib.read_transformer(folder)
     return spec
+
+
+def _read_prompts(directory: Path) -> tuple[dict[str, str], str | None]:
+    """Prompts by name, and the name of that which texts get by default."""
+    path = directory / "config_sentence_transformers.json"
+    values = read_json(path) if path.exists() else {}
+    kind = values.get("model_type") or "SentenceTransformer"
+    if kind != "SentenceTransformer":
+        raise UserError(f"{path}: model_type = {kind!r}: must be 'SentenceTransformer'")
+    prompts = values.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(
+        prompt is None or isinstance(prompt, str) for prompt in prompts.values()
+    ):
+        raise UserError(f"{path}: prompts = {prompts!r}: must be an object of texts")
+    default = values.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise UserError(
+            f"{path}: default_prompt_name = {default!r}: must be null or one of prompts"
+            f" ({', '.join(prompts) or 'there are none'})"
+        )
+    return {name: prompt or "" for name, prompt in prompts.items()}, default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,25 +156,25 @@ def open_params(directory: Path, config: BertConfig, embed_dim: int = 0) -> dict
     or of another shape, and if the weights are not safetensors.
     """
     directory = Path(directory)
-    modules = _modules(directory)
-    tensors = _Tensors(directory)
+    modules = modules_lib.read_modules(directory)
+    tensors = _Tensors(modules.get("Transformer", directory))
     prefix = next((p for p in _PREFIXES if f"{p}embeddings.word_embeddings.weight" in tensors), "")
     params: dict[str, Any] = {"backbone": {}}
     for path, shape in _backbone_shapes(config).items():
         name = prefix + BACKBONES[config.model_type].hf_names[path]
         _put(params["backbone"], path, tensors.open(name, path, shape))
     if embed_dim and "Dense" in modules:
-        dense_config = modules["Dense"] / "config.json"
-        width = _read_dense(dense_config, config.hidden_size)
+        width, has_bias = modules_lib.read_dense(modules["Dense"], config.hidden_size)
         if width != embed_dim:
             raise UserError(
-                f"config.model.embed_dim = {embed_dim}, but {dense_config} has out_features ="
-                f" {width}: set config.model.embed_dim={width}, or 0 for no scaling layer"
+                f"config.model.embed_dim = {embed_dim}, but {modules['Dense'] / 'config.json'} has"
+                f" out_features = {width}: set config.model.embed_dim={width}, or 0 for no scaling"
+                " layer"
             )
         tensors = _Tensors(modules["Dense"])
         kernel = tensors.open("linear.weight", "scaling/kernel", (config.hidden_size, width))
         bias: StoredParam | np.ndarray = np.zeros(width, np.float32)
-        if _read_json(dense_config).get("bias", True):
+        if has_bias:
             bias = tensors.open("linear.bias", "scaling/bias", (width,))
         params["scaling"] = {"kernel": kernel, "bias": bias}
     return params
@@ -209,7 +223,7 @@ class _Tensors:
             self.where = dict.fromkeys(self._open(single).keys(), single)
         elif self.index.exists():
             self.source = self.index
-            weights = _read_json(self.index).get("weight_map")
+            weights = read_json(self.index).get("weight_map")
             if not isinstance(weights, dict):
                 raise UserError(f"{self.index}: weight_map: must be an object of file names")
             self.where = {name: directory / file for name, file in weights.items()}
@@ -260,84 +274,6 @@ class _Tensors:
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{file}: not a readable safetensors file: {error}") from error
         return self.files[file]
-
-
-def _modules(directory: Path) -> dict[str, Path]:
-    """Folder of each sentence-transformers module, by the last part of its type."""
-    path = directory / "modules.json"
-    if not path.exists():
-        folders = {"Pooling": directory / "1_Pooling", "Dense": directory / "2_Dense"}
-        return {kind: folder for kind, folder in folders.items() if folder.is_dir()}
-    modules: dict[str, Path] = {}
-    try:
-        listed = json.loads(path.read_text("utf-8"))
-        if not isinstance(listed, list):
-            raise TypeError(f"a {type(listed).__name__}")
-        for module in listed:
-            kind = module["type"].rsplit(".", 1)[-1]
-            if kind in modules:
-                raise UserError(f"{path}: two modules of type {kind}: not supported")
-            modules[kind] = directory / module["path"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not a list of modules with type and path ({error!r})") from error
-    order = ("Transformer", "Pooling", "Dense", "Normalize")
-    for kind in modules:
-        if kind not in order:
-            raise UserError(f"{path}: module {kind}: not supported, only {', '.join(order)}")
-    if list(modules) != [kind for kind in order if kind in modules]:
-        raise UserError(f"{path}: modules in the order {', '.join(modules)}: not supported")
-    if modules.get("Transformer", directory) != directory:
-        raise UserError(
-            f"{path}: the Transformer module is in {modules['Transformer']}: not supported; move"
-            f" its files to {directory} and set its path to ''"
-        )
-    return modules
-
-
-def _read_pooling(path: Path) -> str:
-    values = _read_json(path)
-    modes = values.get("pooling_mode")
-    if modes is None:
-        modes = [mode for field, mode in _LEGACY_POOLINGS.items() if values.get(field)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) != 1 or modes[0] not in _ST_POOLINGS:
-        raise UserError(
-            f"{path}: pooling mode {' + '.join(map(str, modes))}: must be one of"
-            f" {', '.join(_ST_POOLINGS)}"
-        )
-    if not values.get("include_prompt", True):
-        raise UserError(f"{path}: include_prompt = False: not supported, must be True")
-    return _ST_POOLINGS[modes[0]]
-
-
-def _read_dense(path: Path, hidden_size: int) -> int:
-    """Width of the scaling layer."""
-    values = _read_json(path)
-    activation = values.get("activation_function", "torch.nn.modules.activation.Tanh")
-    if activation is not None and activation.rsplit(".", 1)[-1] != "Identity":
-        raise UserError(
-            f"{path}: activation_function = {activation!r} (Tanh if absent): must be"
-            " 'torch.nn.modules.linear.Identity'"
-        )
-    for field, allowed in (("in_features", hidden_size), ("use_residual", False)):
-        if values.get(field, allowed) != allowed:
-            raise UserError(f"{path}: {field} = {values[field]!r}: must be {allowed!r}")
-    width = values.get("out_features")
-    if not isinstance(width, int) or width < 1:
-        raise UserError(f"{path}: out_features = {width!r}: must be an integer greater than 0")
-    return width
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: not a Hugging Face model directory") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a JSON object")
-    return values
 
 
 def _backbone_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:

@@ -37,7 +37,7 @@ def positive_ranks(
     documents = list(dict.fromkeys(text for row in rows for text in row.documents))
     place = {text: i for i, text in enumerate(documents)}
     positives = np.asarray([place[row.positive] for row in rows], np.int32)
-    model, params = encoder.load(model_dir)
+    model, params = encoder.load(model_dir, dtype="auto")
     queries = model.encode(params, [row.query for row in rows], query_prompt, "encoding queries")
     passages = model.encode(params, documents, passage_prompt, "encoding documents")
     if not (np.isfinite(queries).all() and np.isfinite(passages).all()):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 import shutil
@@ -103,19 +104,27 @@ def test_the_prompt_is_put_before_every_text(loaded):
     np.testing.assert_allclose(found[0], alone(loaded, "查询：天气"), atol=1e-4)
 
 
-def test_programs_are_as_few_as_row_lengths(loaded):
+def test_programs_are_few_whatever_is_encoded(loaded):
     _, params = loaded
     made = encoder.Encoder(loaded[0].model, loaded[0].tokenizer, loaded[0].mesh, MAX_LENGTH)
-    for count in (1, 3, 50, 150):
-        made.encode(params, TEXTS[:count])
-    used = {encoder._row_length(n) for n in range(3, MAX_LENGTH + 1)}
-    assert used == {64, 128}
-    assert made._apply._cache_size() <= len(used)
+    assert made.most_programs == made.ladder.most_programs(MAX_LENGTH) < 25
+    rng = random.Random(0)
+    made.ladder = dataclasses.replace(made.ladder, tokens=128)  # so that there are full batches
+    for count in (1, 2, 3, 5, 8, 13, 50, 150, 90, 4, 149):
+        made.encode(params, [text[: rng.randint(0, 60)] for text in TEXTS[:count]])
+    assert 3 < made._apply._cache_size() <= made.most_programs
 
 
-def test_rows_hold_several_texts_where_they_can():
-    lengths = [encoder._row_length(n) for n in (1, 32, 33, 64, 128, 256, 257, 512, 513, 9000)]
-    assert lengths == [64, 64, 128, 128, 256, 512, 512, 512, 1024, 9000]
+def test_a_short_text_alone_is_one_short_row(loaded, monkeypatch):
+    made, params = loaded
+    shapes = []
+    apply = made._apply
+    monkeypatch.setitem(
+        vars(made), "_apply", lambda p, b: shapes.append(b["tokens"].shape) or apply(p, b)
+    )
+    made.encode(params, ["天气"])
+    made.encode(params, ["检索重排相似度分类与聚类都用同一个向量模型"])
+    assert shapes == [(1, 16), (1, 32)]
 
 
 def test_no_text_gives_no_row(loaded):
@@ -124,8 +133,9 @@ def test_no_text_gives_no_row(loaded):
 
 
 def test_many_batches_of_rows_are_one_answer(loaded, rows, monkeypatch):
-    monkeypatch.setattr(encoder, "_TOKENS_PER_SHARD", 192)  # 3 rows of 64, 1 of 128
+    monkeypatch.setattr(encoder, "_TEXTS_AT_ONCE", 40)
     made = encoder.Encoder(loaded[0].model, loaded[0].tokenizer, loaded[0].mesh, MAX_LENGTH)
+    made.ladder = dataclasses.replace(made.ladder, tokens=192)
     np.testing.assert_allclose(made.encode(loaded[1], TEXTS), rows, atol=1e-5)
 
 
@@ -146,3 +156,13 @@ def test_a_length_limit_beyond_the_positions_is_lowered(directory, tmp_path):
     assert made.max_length == 64
     assert isinstance(made.tokenizer, Tokenizer)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+
+
+def test_products_are_of_the_type_asked_for(directory, rows):
+    assert encoder.load(directory)[0].model.dtype == np.float32
+    assert encoder.load(directory, dtype="auto")[0].model.dtype == np.float32  # on a CPU
+    made, params = encoder.load(directory, dtype="bfloat16")
+    found = encoder.cut(made.encode(params, TEXTS[:8]), 30)
+    cosines = (found * encoder.cut(rows[:8], 30)).sum(axis=1)
+    assert found.dtype == np.float32
+    assert 0 < np.max(1 - cosines) < 1e-2

@@ -142,10 +142,10 @@ def test_pooling_is_read_from_both_layouts(directory, values, pooling):
         ("config.json", {"model_type": "t5"}, "model_type = 't5': must be one of bert, roberta"),
         ("config.json", [], "must be a JSON object"),
         ("modules.json", {}, "not a list of modules"),
-        ("modules.json", [{"type": "a.LSTM", "path": "1"}], "module LSTM: not supported"),
-        ("modules.json", [{"type": "a.Dense", "path": "2"}, {"type": "Pooling", "path": "1"}],
-         "modules in the order Dense, Pooling"),
-        ("modules.json", [{"type": "Transformer", "path": "0_T"}], "move its files to"),
+        ("modules.json", [{"type": "a.Dense", "path": "2"}], "module a.Dense: not supported"),
+        ("modules.json", [{"type": "sentence_transformers.models.LSTM", "path": "1"}],
+         "module sentence_transformers.models.LSTM: not supported"),
+        ("modules.json", [{"type": 3, "path": "1"}], "not a list of modules"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_with_file_and_name(directory, file, values, message):
