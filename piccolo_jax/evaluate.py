@@ -9,11 +9,14 @@ only what is missing in --output: results in mteb's schema, report.json and repo
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from piccolo_jax import cli, distributed
 from piccolo_jax.config import MeshConfig
@@ -53,20 +56,22 @@ def _evaluate(
 
     prompts = _prompts(args.prompts, tasks) if args.prompts else None
     settings = run.Settings(dims, prompts, _NORMALIZE[args.normalize], args.limit, args.overwrite)
-    output: Path = args.output
-    _check_output(output, args.model)
+    output = args.output or Path("evaluation")
+    _check_output(output, args.model, args.data)
     say(f"{model.name} ({model.revision}): {len(tasks)} tasks at {', '.join(map(str, dims))}")
     folder = output / "vectors" / model.name.replace("/", "__") / model.revision
-    with Vectors(folder, model.width, encode, progress=True) as vectors:
+    with Vectors(folder, model.width, encode, jax.device_count(), progress=True) as vectors:
         entry = run.evaluate(model, vectors, tasks, settings, output)
-        encoded = vectors.encoded
     report.write(output, entry)
     report.figure(output / "report.png", [entry], args.published)
     print(report.text(entry))
     if args.limit:
         print(f"\nA quick look: at most {args.limit} queries or rows of each dataset.")
     seconds = time.monotonic() - start
-    print(f"\n{encoded} texts encoded in this run, {seconds:.0f} s")
+    print(
+        f"\n{vectors.encoded} texts encoded in this run, in {vectors.seconds:.1f} of its"
+        f" {seconds:.1f} s"
+    )
     print(f"results in {output / 'results'}, summary in {output / report.FILE} and report.png")
 
 
@@ -93,18 +98,25 @@ def _tasks(args: argparse.Namespace) -> list[Any]:
 def _compare(args: argparse.Namespace) -> None:
     loaded = compare.load(args.compare)
     names, notes = compare.shared_tasks(loaded)
-    tables = []
+    tables, parts = [], []
     for title, dims in compare.dims_of(loaded, _dims(args.dims)):
         rows = compare.compare(loaded, names, dims, args.resamples, args.seed)
         tables.append(compare.text(loaded, title, rows))
+        parts.append({"dims": dims, "rows": [dataclasses.asdict(row) for row in rows]})
     for number, model in enumerate(loaded, 1):
         print(f"{number}: {report.label(model.entry)}")
     for note in notes:
         print(f"left out: {note}")
     print("\n" + "\n\n".join(tables))
-    print(
-        f"\n95% of {args.resamples} resamples, seed {args.seed}, the same examples for all models"
-    )
+    print(f"\n95% of {args.resamples} resamples, seed {args.seed}, the same ones for all models")
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        about = {"models": [report.label(model.entry) for model in loaded], "left_out": notes,
+                 "resamples": args.resamples, "seed": args.seed, "comparisons": parts}  # fmt: skip
+        content = json.dumps(about, ensure_ascii=False, indent=1)
+        (args.output / "comparison.json").write_text(content, encoding="utf-8")
+        report.figure(args.output / "comparison.png", compare.shared(loaded, names), args.published)
+        print(f"comparison.json and comparison.png in {args.output}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--normalize", choices=tuple(_NORMALIZE), default="auto",
         help="vectors to length 1 after the cut; auto: if the model has a Normalize module",
     )  # fmt: skip
-    add("--output", type=Path, default=Path("evaluation"), help="default: ./evaluation")
+    add("--output", type=Path, help="default: ./evaluation; of --compare: none, only a table")
     add("--name", default="", help="ORG/NAME in the results; default: the end of the model's path")
     add("--overwrite", action="store_true", help="evaluate again what is there")
     add("--published", action="store_true", help="draws the figures published for Piccolo2")
@@ -159,12 +171,14 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} is of local files; it needs --data=FOLDER")
 
 
-def _check_output(output: Path, model: str) -> None:
-    """Raises UserError for a place that can't be written, or where writing changes the model."""
+def _check_output(output: Path, model: str, data: Path | None) -> None:
+    """Raises UserError for a place where writing changes the model or the data, or is no folder."""
+    above = (output.resolve(), *output.resolve().parents)
     place = Path(model)
-    within = place.resolve() in (output.resolve(), *output.resolve().parents)
-    if within and place.is_dir() and not (place / "checkpoints").is_dir():
+    if place.is_dir() and place.resolve() in above and not (place / "checkpoints").is_dir():
         raise UserError(f"--output={output}: is within the model's folder; give another")
+    if data is not None and data.resolve() in above:
+        raise UserError(f"--output={output}: is within --data={data}; give another")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output}: is a file; give a folder")
     output.mkdir(parents=True, exist_ok=True)

@@ -78,6 +78,14 @@ def shared_tasks(models: Sequence[Loaded]) -> tuple[list[str], list[str]]:
     return shared, notes
 
 
+def shared(models: Sequence[Loaded], names: Sequence[str]) -> list[Entry]:
+    """The models' entries with these tasks alone."""
+    return [
+        model.entry | {"tasks": {name: model.entry["tasks"][name] for name in names}}
+        for model in models
+    ]
+
+
 def dims_of(models: Sequence[Loaded], wanted: Sequence[int]) -> list[tuple[str, list[int]]]:
     """What is compared: a name, and each model's dimension. The full widths come first."""
     each = [set(model.entry["dims"]) for model in models]

@@ -1,7 +1,8 @@
 """Evaluation sets in plain files: which of the six task types a folder holds, and their rows.
 
     NAME.SPLIT.jsonl         rows; the columns, the folder's name or manifest.json say of which type
-    NAME/corpus.jsonl        retrieval, with NAME/queries.SPLIT.jsonl and NAME/qrels.SPLIT.tsv
+    NAME/corpus.jsonl        retrieval, with queries.SPLIT.jsonl and qrels.SPLIT.tsv beside it, or
+                             queries.jsonl and qrels/SPLIT.tsv
 
 Knows nothing of mteb: what it returns becomes a task in `local_tasks`.
 """
@@ -187,17 +188,22 @@ def fingerprint(found: Found, split: str, limit: int) -> str:
 
 def _retrieval_set(folder: Path) -> Found:
     splits = {}
+    judged = {path.name.split(".")[1]: path for path in folder.glob("qrels.*.tsv")}
+    judged |= {path.stem: path for path in folder.glob("qrels/*.tsv")}
     for queries in sorted(folder.glob("queries.*.jsonl")):
-        split = queries.name.removeprefix("queries.").removesuffix(".jsonl")
-        qrels = folder / f"qrels.{split}.tsv"
-        if not qrels.is_file():
-            raise UserError(f"{qrels}: no such file; {queries.name} needs it beside it")
-        if split != _TRAINING:
+        split = queries.name.split(".")[1]
+        if split not in judged:
+            missing = folder / f"qrels.{split}.tsv"
+            raise UserError(f"{missing}: no such file; {queries.name} needs it beside it")
+    for split, qrels in sorted(judged.items()):
+        queries = folder / f"queries.{split}.jsonl"
+        queries = queries if queries.is_file() else folder / "queries.jsonl"
+        if split != _TRAINING and queries.is_file():
             splits[split] = (queries, qrels)
     if not splits:
         raise UserError(
             f"{folder / 'corpus.jsonl'}: needs queries.SPLIT.jsonl and qrels.SPLIT.tsv beside it,"
-            " e.g. queries.test.jsonl and qrels.test.tsv"
+            " e.g. queries.test.jsonl and qrels.test.tsv (or queries.jsonl and qrels/test.tsv)"
         )
     return Found(folder.name, "Retrieval", folder, splits)
 

@@ -88,7 +88,7 @@ def _of_directory(path: str, mesh: MeshConfig) -> Model:
             f" {similarity!r}: must be cosine or dot"
         )
     return Model(
-        name=_name(Path(path) if Path(path).exists() else directory),
+        name=_name(directory) if Path(path).is_dir() else path,  # else it is an id on the hub
         revision=fingerprint(directory)[:12],
         width=made.width,
         dims=_dims(about.get("matryoshka_dims") or (), made.width),

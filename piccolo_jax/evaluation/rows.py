@@ -91,6 +91,7 @@ def read_pairs(path: Path, limit: int = 0) -> Data:
     if len(set(labels)) < 2:
         raise UserError(
             f"{path}: all {len(labels)} rows used have the same label; there is nothing to measure"
+            + ("; raise --limit" if limit else "")
         )
     return Data([first[i] for i in keep], [second[i] for i in keep], labels)
 
@@ -115,11 +116,11 @@ def read_clustering(path: Path, limit: int = 0) -> Data:
     for place, row in rows_of(path):
         if "sentences" in row:
             members, names = row["sentences"], row.get("labels")
-            both = isinstance(members, list) and isinstance(names, list)
-            if not both or len(members) != len(names):
+            lists = isinstance(members, list) and isinstance(names, list)
+            if not (lists and len(members) == len(names or ())):
                 raise UserError(f"{place}: sentences and labels must be lists of equal length")
             texts += [text_in({"text": text}, place, "text") for text in members]
-            labels += [_label({"label": label}, place) for label in names]
+            labels += [_label({"label": label}, place) for label in names or ()]
             sets.append(len(texts))
         else:
             texts.append(text_in(row, place, "text"))
@@ -134,7 +135,8 @@ def read_clustering(path: Path, limit: int = 0) -> Data:
         texts, labels, sets = [texts[i] for i in keep], [labels[i] for i in keep], [0, len(keep)]
     for start, end in itertools.pairwise(sets):
         if len(set(labels[start:end])) < 2:
-            raise UserError(f"{path}: the {end - start} texts of a clustering have one label only")
+            hint = "; raise --limit" if limit else ""
+            raise UserError(f"{path}: the {end - start} texts of a clustering have one label{hint}")
     return Data(texts, labels=_numbered(labels, labels), sets=sets)
 
 

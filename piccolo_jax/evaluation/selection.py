@@ -45,11 +45,10 @@ def _benchmark(name: str) -> list[Any]:
         return [*mteb.get_benchmark(_CMTEB_2025_NAME).tasks, *also]
     try:
         return list(mteb.get_benchmark(name).tasks)
-    except KeyError:
-        known = [CMTEB_2024_NAME, *(b.name for b in mteb.get_benchmarks())]
+    except KeyError as error:
         raise UserError(
             f"--benchmark={name}: mteb {mteb.__version__} has no such benchmark"
-            f"{_near(name, known)}; e.g. {_CMTEB_2025_NAME!r} or {CMTEB_2024_NAME}"
+            f"{_meant(error)}; e.g. {_CMTEB_2025_NAME!r} or {CMTEB_2024_NAME}"
         ) from None
 
 
@@ -60,14 +59,19 @@ def _task(name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return mteb.get_task(task, hf_subsets=subsets)
-    except KeyError:
-        known = [t.metadata.name for t in mteb.get_tasks(exclude_superseded=False)]
+    except KeyError as error:
         raise UserError(
-            f"--tasks={name}: mteb {mteb.__version__} has no such task{_near(task, known)}"
+            f"--tasks={name}: mteb {mteb.__version__} has no such task{_meant(error)}"
         ) from None
     except ValueError:
         has = ", ".join(mteb.get_task(task).metadata.hf_subsets)
         raise UserError(f"--tasks={name}: {task} has no such subset, only {has}") from None
+
+
+def _meant(error: KeyError) -> str:
+    """What mteb suggests."""
+    meant = re.search(r"Did you mean: '?(.+?)'?\?", str(error.args[0]))
+    return f" (did you mean {meant[1]}?)" if meant else ""
 
 
 def _near(name: str, known: Any) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,18 +22,22 @@ from piccolo_jax.errors import UserError
 
 Encode = Callable[[Sequence[str]], np.ndarray]  # texts -> float32 [texts, width]
 _DIGEST_BYTES = 16
-_BLOCK = 4096  # texts encoded, and then written, at once
+_BLOCK, _LARGEST_BLOCK = 4096, 65536  # texts encoded, and then written, at once: for a device, all
 
 
 class Vectors:
     """The vectors of one model. A context that holds the folder for this process alone.
 
-    Raises UserError if another process holds it.
+    What `encode` gets at once grows with the number of `devices`. Raises UserError if another
+    process holds the folder.
     """
 
-    def __init__(self, folder: Path, width: int, encode: Encode, progress: bool = False):
+    def __init__(
+        self, folder: Path, width: int, encode: Encode, devices: int = 1, progress: bool = False
+    ):
+        self._block = min(_BLOCK * devices, _LARGEST_BLOCK)
         self.folder, self.width, self._encode, self._progress = folder, width, encode, progress
-        self.encoded = 0  # texts encoded since it was opened
+        self.encoded, self.seconds = 0, 0.0  # texts encoded since it was opened, and for how long
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / "lock").open("w")
         try:
@@ -74,9 +79,11 @@ class Vectors:
             leave=False,
         )  # fmt: skip
         with bar, self._values.open("ab") as values, self._digests.open("ab") as digests:
-            for start in range(0, len(order), _BLOCK):
-                block = order[start : start + _BLOCK]
+            for start in range(0, len(order), self._block):
+                block = order[start : start + self._block]
+                begin = time.monotonic()
                 found = self._encode([missing[key] for key in block])
+                self.seconds += time.monotonic() - begin
                 if not np.isfinite(found).all():
                     raise UserError(
                         "the model's vectors are not finite: its weights are damaged, or too large"
