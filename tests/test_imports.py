@@ -24,7 +24,7 @@ LAYERS = (
     ("encoder",),
     ("planning", "mining", "synthesis"),
     ("export",),
-    ("train", "embed", "mine", "prepare", "verify", "plan", "synthesize", "publish"),
+    ("train", "embed", "evaluate", "mine", "prepare", "verify", "plan", "synthesize", "publish"),
 )
 COMMANDS = LAYERS[-1]
 PURE = ("losses", "ops", "models.bert", "models.embedder", "train_step", "sharding", "optim")

@@ -19,26 +19,14 @@ import tqdm
 from piccolo_jax import distributed
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder
+from piccolo_jax.evaluation.models import fingerprint as model_fingerprint
 from piccolo_jax.mining.corpus import Corpus
 from piccolo_jax.types import Params
 
+__all__ = ["embed", "model_fingerprint"]
 SCHEMA_VERSION = 1
 _FILE, _PROGRESS = "embeddings.npy", "progress.json"
 _LEAST_CHUNK, _LARGEST_CHUNK, _CHUNKS = 1024, 65536, 64  # texts, texts, about so many
-
-
-def model_fingerprint(directory: Path) -> str:
-    """Of all files of a model directory but its descriptions (*.md)."""
-    digest = hashlib.sha256()
-    try:
-        for path in sorted(directory.rglob("*")):
-            if path.is_file() and path.suffix != ".md":
-                digest.update(f"{path.relative_to(directory)}\0{path.stat().st_size}\0".encode())
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-    except OSError as error:
-        raise UserError(f"{error.filename}: can't be read ({error.strerror})") from None
-    return digest.hexdigest()
 
 
 def embed(
