@@ -103,6 +103,9 @@ def read_spec(directory: Path) -> Pretrained:
     length_path = directory / "sentence_bert_config.json"
     if length_path.exists():
         spec.max_seq_length = _read_json(length_path).get("max_seq_length")
+    tokenizer_path = directory / "tokenizer_config.json"
+    if spec.max_seq_length is None and tokenizer_path.exists():  # as in version 6
+        spec.max_seq_length = _read_json(tokenizer_path).get("model_max_length")
     return spec
 
 
