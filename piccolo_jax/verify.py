@@ -121,7 +121,9 @@ def _vectors(
 
 def _from_checkpoint(workdir: Path, directory: Path, stored: Reference | None) -> Reference:
     """The reference that an export of the run's latest checkpoint would have."""
-    about: dict[str, Any] = {"dtype": "float32", "onnx_dim": 0} | (stored.about if stored else {})
+    about: dict[str, Any] = {"dtype": "float32", "onnx_dim": None} | (
+        stored.about if stored else {}
+    )
     _, config, parts, params = export.read_checkpoint(workdir)
     trained = export.exported_of(params, parts, config)
     rounded = layout.rounded(trained, about["dtype"])
@@ -146,8 +148,7 @@ def _same_reference(stored: Reference, computed: Reference) -> Iterator[Finding]
 def _encode(directory: Path, reference: Reference) -> np.ndarray:
     """What JAX makes of the directory."""
     model, params = encoder.load(directory)
-    prompts = reference.about["prompts"] | {"": ""}
-    return model.encode(params, [prompts[name] + text for name, text in reference.texts])
+    return model.encode(params, reference.prompted)
 
 
 def _compare_readers(directory: Path, dims: str) -> int:

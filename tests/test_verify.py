@@ -123,6 +123,10 @@ def keep_case(directory):
     edit(directory / "tokenizer.json", change)
 
 
+def keep_case_in_its_config(directory):
+    edit(directory / "tokenizer_config.json", lambda values: values.update(do_lower_case=False))
+
+
 def pad_on_the_left(directory):
     edit(directory / "tokenizer_config.json", lambda values: values.update(padding_side="left"))
 
@@ -182,6 +186,7 @@ def test_a_faithful_export_passes_at_every_trained_prefix(run, run_python):
         (swap_the_tokenizer, "tokenizer"),
         (swap_two_words_that_no_text_has, "tokenizer"),
         (keep_case, "tokenizer"),
+        (keep_case_in_its_config, "tokenizer"),
         (pad_on_the_left, "tokenizer"),
         (cut_texts_shorter, "maximum length"),
         (change_a_prompt, "prompts"),

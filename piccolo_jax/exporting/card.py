@@ -135,9 +135,8 @@ def _dimensions(
             for name, row in now.items()
         ]
         steps = f"after step {record.step}" + " (before training -> after)" * bool(start)
-        tables.append(
-            (f"On the evaluation files of the run, {steps}:", ["dataset", *map(str, dims)], rows)
-        )
+        text = f"On the evaluation files of the run, {steps}:"
+        tables.append((text, ["dataset", *map(str, dims)], rows))
     if record.scores:
         dims = sorted({score.dim or exported.width for score in record.scores})
         names = dict.fromkeys((s.task, s.subset, s.split, s.metric) for s in record.scores)

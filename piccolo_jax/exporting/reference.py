@@ -60,6 +60,12 @@ class Reference:
         return [(name, text) for name, text in self.about["texts"]]
 
     @property
+    def prompted(self) -> list[str]:
+        """The texts behind their prompts."""
+        prompts = self.about["prompts"] | {"": ""}
+        return [prompts[name] + text for name, text in self.texts]
+
+    @property
     def with_hidden(self) -> list[int]:
         """The texts whose hidden states are known."""
         return [i for i, ids in enumerate(self.ids) if len(ids) <= _KEPT_STATES]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from piccolo_jax.errors import UserError
 from piccolo_jax.exporting import reference as references
 from piccolo_jax.exporting.reference import Reference
@@ -35,9 +37,25 @@ def compare(directory: Path, reference: Reference) -> Iterator[Finding]:
     for file, digest in references.vocabulary_digests(directory).items():
         same = known["vocabulary"].get(file) == digest
         yield Finding("tokenizer", f"{file}: vocabulary{'' if same else ' changed'}", same)
+    yield _compare_token_ids(directory / "tokenizer.json", reference)
     onnx = references.file_digests(directory)
     if known["onnx"] or onnx:
         yield _compare_names("ONNX", references.ONNX_FOLDER, known["onnx"], onnx)
+
+
+def _compare_token_ids(path: Path, reference: Reference) -> Finding:
+    """By the file alone: transformers lets tokenizer_config.json overrule parts of it."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(reference.about["max_length"])
+        encodings = tokenizer.encode_batch(reference.prompted)
+    except Exception as error:  # it raises bare ones
+        raise UserError(f"{path}: not a tokenizer that can be read ({error})") from error
+    pairs = zip(encodings, reference.ids, strict=True)
+    different = sum(list(here.ids) != list(ours) for here, ours in pairs)
+    what = f"differ in {different} of {len(encodings)} texts" if different else "as exported"
+    return Finding("tokenizer", f"{path.name}: token ids {what}", not different)
 
 
 def _compare_names(

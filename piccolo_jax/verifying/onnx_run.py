@@ -43,7 +43,6 @@ def check(directory: Path, reference: Reference) -> Iterator[Finding]:
         if reference.about.get("onnx_dim"):
             yield Finding("ONNX", f"{path.name}: is missing", False)
         return
-    dim = reference.about.get("onnx_dim") or reference.embeddings.shape[1]
     # In batches of all, without the long ones, and of one text: of different sizes and padding.
     batches = (tuple(range(len(reference.ids))), tuple(reference.with_hidden), (0,))
     for members in dict.fromkeys(batches):
@@ -55,6 +54,8 @@ def check(directory: Path, reference: Reference) -> Iterator[Finding]:
                 raise
             yield Finding("ONNX", str(error), False)
             return
+        known = reference.about.get("onnx_dim")
+        dim = theirs.shape[-1] if known is None else known or reference.embeddings.shape[1]
         what = f"{len(texts)} texts at {dim}"
         ours = cut(reference.embeddings[list(members)], dim)
         yield compare("ONNX", what, ours.astype(np.float32), theirs)

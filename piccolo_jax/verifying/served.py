@@ -97,8 +97,7 @@ def encode(model: Any, texts: Sequence[str], prompt: str = "") -> np.ndarray:
 def _tokenizer(model: Any, reference: Reference) -> Iterator[Finding]:
     length, trained = model.max_seq_length, reference.about["max_length"]
     yield Finding("maximum length", f"{length} tokens, exported {trained}", length == trained)
-    prompts = reference.about["prompts"] | {"": ""}
-    texts = [prompts[name] + text for name, text in reference.texts]
+    texts = reference.prompted
     model.max_seq_length = trained  # so that only what else differs shows
     tokenize = model.preprocess if hasattr(model, "preprocess") else model.tokenize
     features = tokenize(texts)
