@@ -152,6 +152,15 @@ def normalize(directory):
     edit(directory / "modules.json", lambda modules: modules.append(about | kind))
 
 
+def change_the_order(directory):
+    edit(directory / "modules.json", lambda modules: modules.insert(1, modules.pop()))
+
+
+def change_the_similarity(directory):
+    path = directory / "config_sentence_transformers.json"
+    edit(path, lambda values: values.update(similarity_fn_name="dot"))
+
+
 def remove_the_onnx_file(directory):
     (directory / "onnx" / "model.onnx").unlink()
 
@@ -160,8 +169,8 @@ def test_a_faithful_export_passes_at_every_trained_prefix(run, run_python):
     done = run_python("-m", "piccolo_jax.verify", run / "export", f"--workdir={run}")
     checks, table = done.stdout.split("\n\n")
     assert "DIFFERENT" not in checks
-    for part in ("tokenizer", "maximum length", "prompts", "backbone", "pooling", "scaling layer",
-                 "embeddings", "ONNX", "JAX"):  # fmt: skip
+    for part in ("tokenizer", "maximum length", "prompts", "similarity", "backbone", "pooling",
+                 "scaling layer", "embeddings", "ONNX", "JAX"):  # fmt: skip
         assert f"\n{part} " in f"\n{checks}"
     lines = table.splitlines()
     assert [line.split()[0] for line in lines] == ["largest", "prefix", "8", "20", "24", "same"]
@@ -192,6 +201,8 @@ def test_a_faithful_export_passes_at_every_trained_prefix(run, run_python):
         (change_a_prompt, "prompts"),
         (prompt_by_default, "prompts"),
         (normalize, "modules"),
+        (change_the_order, "modules"),
+        (change_the_similarity, "similarity"),
         (remove_the_onnx_file, "ONNX"),
     ],
 )

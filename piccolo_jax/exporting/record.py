@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from piccolo_jax import config as config_lib
 from piccolo_jax import metrics
 from piccolo_jax.config import Config
 from piccolo_jax.data import formats
@@ -57,8 +58,10 @@ def read_record(workdir: Path, config: Config, step: int, results: Path | None =
         for name in ("metrics.jsonl", "eval.jsonl")
     ]
     scores = tuple(read_scores(results)) if results else ()
+    path = workdir / "config.json"  # of the latest start: licences may be given later
+    given = config_lib.from_json(path.read_text("utf-8"), str(path)) if path.exists() else config
     return Record(
-        config, step, licenses=_licenses(config), steps=logs[0], evaluations=logs[1], scores=scores
+        config, step, licenses=_licenses(given), steps=logs[0], evaluations=logs[1], scores=scores
     )
 
 
@@ -98,10 +101,12 @@ def _task(name: str) -> dict[str, str]:
     try:
         import mteb
     except ImportError as error:
-        raise UserError(f"--results needs the package mteb ({error}): pip install mteb") from error
+        raise UserError(
+            f"--results needs the package mteb ({error}): pip install -r requirements-dev.txt"
+        ) from error
     try:
         about = mteb.get_task(name).metadata
-    except Exception:  # of no common kind
+    except KeyError:
         return {"kind": "Other", "dataset": name, "metric": "main_score"}
     return {"kind": about.type, "dataset": about.dataset["path"], "metric": about.main_score}
 

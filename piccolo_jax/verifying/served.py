@@ -54,14 +54,16 @@ def parts(model: Any, reference: Reference) -> Iterator[Finding]:
     """A finding for each part of a loaded model."""
     modules = {type(module).__name__: module for module in model}
     expected = ["Transformer", "Pooling"] + ["Dense"] * reference.about["scaling"]
-    for kind in expected:
-        if kind not in modules:
-            yield Finding(_PARTS[kind], f"module {kind}: is missing", False)
+    missing = [kind for kind in expected if kind not in modules]
+    for kind in missing:
+        yield Finding(_PARTS[kind], f"module {kind}: is missing", False)
     listed = [type(module).__name__ for module in model]
-    if set(listed) - set(expected) or len(listed) != len(modules):
+    if not missing and listed != expected:
         yield Finding("modules", f"{', '.join(listed)}, not {', '.join(expected)}", False)
     yield from _tokenizer(model, reference)
     yield _prompts(model, reference)
+    similarity = str(model.similarity_fn_name)
+    yield Finding("similarity", f"{similarity}, exported cosine", similarity == "cosine")
     checks: dict[str, Callable[[Any, Reference], Finding]] = {
         "Transformer": _backbone,
         "Pooling": _pooling,

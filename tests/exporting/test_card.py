@@ -6,6 +6,7 @@ import small
 from huggingface_hub import ModelCard
 
 from piccolo_jax import build, export
+from piccolo_jax import config as config_lib
 from piccolo_jax.config import DatasetConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.exporting import card, record
@@ -84,6 +85,25 @@ def test_a_card_says_what_the_run_noted_up_to_the_exported_step(workdir, model):
     assert headings(text) == ["Use", "Dimensions", "Training data", "Recipe", "Training figures"]
 
 
+def test_licences_can_be_given_later(workdir):
+    c = config()
+    c.data.datasets[1].license = "CC0"
+    (workdir / "config.json").write_text(config_lib.to_json(c))
+    known = record.read_record(workdir, config(), 3).licenses
+    assert known == {"a.jsonl": "CC BY-SA 4.0", "b.jsonl": "CC0"}
+    assert config_lib.diff(config(), c) == []
+
+
+def test_a_meta_list_s_licence_is_that_of_its_datasets(workdir):
+    for name in ("one", "two"):
+        (workdir / name).mkdir()
+    (workdir / "list.txt").write_text(f"{workdir / 'one'} 1\n{workdir / 'two'} 2\n")
+    c = config()
+    c.data.datasets[0].path = str(workdir / "list.txt")
+    known = record.read_record(workdir, c, 3).licenses
+    assert known == {"one": "CC BY-SA 4.0", "two": "CC BY-SA 4.0"}
+
+
 def test_what_was_not_measured_is_absent(model):
     c = small.config()
     text = card.make(Record(c), model, "my-model", Options(), {})
@@ -101,9 +121,9 @@ def test_scores_of_another_step_are_not_those_of_the_model(workdir, model):
 
 def test_half_precision_and_onnx_are_told_where_they_are(model):
     options = Options(dtype="bfloat16", onnx_dim=20)
-    text = card.make(Record(small.config()), model, "m", options, {8: 1.25e-5, 24: 3e-6})
+    text = card.make(Record(small.config()), model, "m", options, {8: 3e-5, 24: 3e-6})
     assert "The weights are bfloat16" in text
-    assert "| 8 | 1.2e-05 |" in text
+    assert "| 8 | 3.0e-05 |" in text
     assert "cut to 20 and normalised" in text
 
 
@@ -119,7 +139,7 @@ def test_the_front_matter_is_what_the_hub_reads(workdir, model, tmp_path):
     assert data.model_name == "my: model"
     first, second = sorted(data.eval_results, key=lambda result: result.dataset_name)
     assert (first.dataset_name, first.metric_value) == ("MTEB Own: files", 0.25)
-    assert (second.task_type, second.dataset_type) == ("STS", "C-MTEB/STSB")
+    assert (second.task_type, second.dataset_type) == ("STS", "mteb/STSB")
     assert (second.metric_type, second.metric_value) == ("cosine_spearman", 0.5)
     assert second.dataset_revision == "abc"
     assert "| STSB, test, cosine_spearman | 0.4000 | 0.5000 |" in text.splitlines()
