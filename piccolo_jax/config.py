@@ -49,6 +49,7 @@ class DatasetConfig:
     label_language: str = ""  # which of its names, where it has several of a label
     query_prompt: str = ""
     passage_prompt: str = ""
+    license: str = ""  # of the data, for the model card; empty: not said there
 
 
 @config_dataclass
@@ -252,7 +253,7 @@ class Config:
 # Fields that may differ between the runs of one workdir: they don't change what is learnt.
 _FREE_FIELDS = re.compile(
     r"checkpoint\..*|log\..*|eval\..*|mesh\..*|train\..*|data\.prepared_dir|model\.remat"
-    r"|model\.layers|loss\.block_size"
+    r"|model\.layers|loss\.block_size|data\.datasets\[\d+\]\.license"
 )
 
 

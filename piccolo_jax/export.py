@@ -1,51 +1,71 @@
 """Writes a trained model as a sentence-transformers directory.
 
-    python -m piccolo_jax.export --workdir=DIR --output=OUT [--overwrite]
+    python -m piccolo_jax.export --workdir=DIR --output=OUT [--layout=6] [--dtype=bfloat16]
+        [--onnx [--onnx-dim=256]] [--results=DIR] [--name=NAME] [--license=ID] [--overwrite]
 
-The layout is that of 2024, which sentence-transformers 2.2 to 6.x load: a Transformer, Pooling and,
-with a scaling layer, a Dense module. No Normalize module, since users cut first and normalise then.
+The layout of 2024 (default) loads in sentence-transformers 2.2 to 6.x, that of 6 from 6.0 on. OUT
+gets weights, tokenizer, a model card written from the run, and what `verify` compares it with.
 """
 
 import argparse
-import json
+import dataclasses
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
-from piccolo_jax import __version__, build, cli
+from piccolo_jax import __version__, build, cli, metrics
 from piccolo_jax.checkpoint import Checkpoints
 from piccolo_jax.config import Config, MeshConfig
 from piccolo_jax.errors import UserError
-from piccolo_jax.models import pretrained
+from piccolo_jax.exporting import card, layout, onnx_graph, reference, states
+from piccolo_jax.exporting.layout import Exported, Options
+from piccolo_jax.exporting.record import Record, read_record
 from piccolo_jax.sharding import make_mesh
 from piccolo_jax.types import Params
-
-_POOLING_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_max_tokens": None,
-    "pooling_mode_mean_sqrt_len_tokens": None,
-    "pooling_mode_weightedmean_tokens": None,
-    "pooling_mode_lasttoken": "last",
-}
+from piccolo_jax.verifying.findings import largest_difference
 
 
 def main(argv: list[str]) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="piccolo_jax.export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="piccolo_jax.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--workdir", type=Path, required=True, help="of the training run")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--layout", choices=layout.LAYOUTS, default="2024", help="default: 2024")
+    parser.add_argument("--dtype", choices=layout.DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--onnx", action="store_true", help="write onnx/model.onnx too")
+    parser.add_argument("--onnx-dim", type=int, help="prefix that it is cut to; default: all")
+    parser.add_argument("--results", type=Path, help="mteb results of this model, for its card")
+    parser.add_argument("--name", default="", help="of the model; default: that of OUTPUT")
+    parser.add_argument("--license", default="", help="of the model, as on the hub: apache-2.0")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     args = parser.parse_args(argv[1:])
     check_output(args.output, args.overwrite)
+    if args.onnx_dim is not None and not args.onnx:
+        raise UserError(f"--onnx-dim={args.onnx_dim}: give --onnx too")
+    if args.onnx:
+        onnx_graph.require()
+    options = Options(args.layout, args.dtype, (args.onnx_dim or 0) if args.onnx else None)
+    if args.onnx_dim is not None and args.onnx_dim < 1:
+        raise UserError(f"--onnx-dim={args.onnx_dim}: must be 1 or more")
     step, config, parts, params = read_checkpoint(args.workdir)
-    write(args.output, jax.device_get(params), parts, config, args.overwrite)
+    record = read_record(args.workdir, config, step, args.results)
+    record = dataclasses.replace(record, name=args.name, license=args.license)
+    loss = write(
+        args.output, jax.device_get(params), parts, config, args.overwrite, options, record
+    )
+    if loss:
+        print(f"{args.dtype} loses, by its weights, in float32 products:")
+        rows = [(dim, f"{difference:.1e}") for dim, difference in loss.items()]
+        print(metrics.table(("prefix", "largest 1 - cosine"), rows))
     print(f"step {step} of {args.workdir} is in {args.output}")
 
 
@@ -65,24 +85,97 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"{output} exists and is not empty; --overwrite replaces it")
 
 
+def exported_of(params: Params, parts: build.Parts, config: Config) -> Exported:
+    """What a run exports. `params` are numpy arrays, whole."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+    return Exported(
+        parts.model, parts.tokenizer, params, config.data.max_length, _prompts(config),
+        config.loss.dims,
+    )  # fmt: skip
+
+
 def write(
-    output: Path, params: Params, parts: build.Parts, config: Config, overwrite: bool = False
-) -> None:
+    output: Path,
+    params: Params,
+    parts: build.Parts,
+    config: Config,
+    overwrite: bool = False,
+    options: Options | None = None,
+    record: Record | None = None,
+) -> dict[int, float]:
+    """Writes a run's export. `record`: what the run noted; None: only what the config says.
+
+    Returns and raises what write_directory() does.
+    """
+    known = record or Record(config)
+    exported = exported_of(params, parts, config)
+    chosen = options or Options()
+
+    def make_card(loss: dict[int, float]) -> str:
+        return card.make(known, exported, known.name or output.absolute().name, chosen, loss)
+
+    return write_directory(output, exported, make_card, overwrite, chosen)
+
+
+def write_directory(
+    output: Path,
+    trained: Exported,
+    make_card: Callable[[dict[int, float]], str],
+    overwrite: bool = False,
+    options: Options | None = None,
+) -> dict[int, float]:
     """Writes the directory beside its place and then moves it there, so it is whole or absent.
 
-    `params` are numpy arrays, whole.
+    `make_card` gives README.md, from what is returned: for each trained prefix the largest
+    1 - cosine that rounding to options.dtype costs; empty for float32.
+
+    Raises UserError if something is at `output` that may not be replaced, if there is no room, or
+    for a parameter that options.dtype can't hold.
     """
     check_output(output, overwrite)
+    options = options or Options()
+    exported = layout.rounded(trained, options.dtype)
+    dim = _onnx_dim(options, exported.width)
     output = output.absolute()
     partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        _write_files(partial, params, parts, config)
+        layout.write(partial, exported, options)
+        if dim:
+            onnx_graph.write(partial, exported, dim)
+        known = states.make_reference(
+            exported,
+            trained,
+            {
+                "piccolo_jax": __version__,
+                "layout": options.layout,
+                "dtype": options.dtype,
+                "onnx_dim": dim,
+                "files": reference.files_of(partial, exported.model.backbone.to_hf()),
+            },
+        )
+        known.save(partial)
+        loss = {}
+        if options.dtype != "float32":
+            loss = {d: largest_difference(known.trained, known.embeddings, d) for d in known.dims}
+        (partial / "README.md").write_text(make_card(loss), encoding="utf-8")
         _replace(partial, output)
     except OSError as error:
-        raise UserError(f"{output}: can't be written ({error.strerror})") from error
+        raise UserError(f"{output}: can't be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return loss
+
+
+def _onnx_dim(options: Options, width: int) -> int:
+    """Of the ONNX file; 0: there is to be none."""
+    if options.onnx_dim is None:
+        return 0
+    if options.onnx_dim > width:
+        raise UserError(
+            f"--onnx-dim={options.onnx_dim}: must be from 1 to {width}, the model's width"
+        )
+    return options.onnx_dim or width
 
 
 def _replace(partial: Path, output: Path) -> None:
@@ -103,58 +196,6 @@ def _replace(partial: Path, output: Path) -> None:
         old.unlink()
 
 
-def _write_files(directory: Path, params: Params, parts: build.Parts, config: Config) -> None:
-    model, hf = parts.model, parts.tokenizer.hf
-    hf.save_pretrained(directory)
-    vocabulary = hf.get_vocab()
-    if type(hf.backend_tokenizer.model).__name__ == "WordPiece":
-        words = sorted(vocabulary, key=vocabulary.__getitem__)
-        (directory / "vocab.txt").write_text("".join(f"{w}\n" for w in words), encoding="utf-8")
-    _write_json(directory / "special_tokens_map.json", hf.special_tokens_map)
-
-    backbone, dense = pretrained.to_hf(params, model.backbone)
-    _save_tensors(backbone, directory / "model.safetensors")
-    _write_json(directory / "config.json", model.backbone.to_hf() | {"use_cache": False})
-    width = model.backbone.hidden_size
-    flags = {flag: pooling == model.pooling for flag, pooling in _POOLING_FLAGS.items()}
-    _write_json(
-        directory / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": width, **flags, "include_prompt": True},
-    )
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if dense:
-        modules.append(("2_Dense", "Dense"))
-        about = {
-            "in_features": width,
-            "out_features": model.embed_dim,
-            "bias": True,
-            # Without this entry sentence-transformers applies Tanh.
-            "activation_function": "torch.nn.modules.linear.Identity",
-        }
-        _write_json(directory / "2_Dense" / "config.json", about)
-        _save_tensors(dense, directory / "2_Dense" / "model.safetensors")
-    listed = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(modules)
-    ]
-    _write_json(directory / "modules.json", listed)
-    _write_json(
-        directory / "sentence_bert_config.json",
-        {"max_seq_length": config.data.max_length, "do_lower_case": False},
-    )
-    _write_json(
-        directory / "config_sentence_transformers.json",
-        {
-            "__version__": {"piccolo_jax": __version__},
-            "prompts": _prompts(config),
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-            "matryoshka_dims": list(config.loss.dims),  # ours; sentence-transformers skips it
-        },
-    )
-    (directory / "README.md").write_text(_model_card(parts, config), encoding="utf-8")
-
-
 def _prompts(config: Config) -> dict[str, str]:
     """The prompts that all datasets share; those that differ can't be named."""
     queries = {d.query_prompt for d in config.data.datasets}
@@ -164,45 +205,9 @@ def _prompts(config: Config) -> dict[str, str]:
         prompts["query"] = queries.pop()
     if len(passages) == 1 and any(passages):
         prompts["passage"] = passages.pop()
+        # sentence-transformers' encode_document looks for this one first, and has an empty one.
+        prompts["document"] = prompts["passage"]
     return prompts
-
-
-def _model_card(parts: build.Parts, config: Config) -> str:
-    dims = ", ".join(map(str, config.loss.dims))
-    names = "\n".join(f"- {Path(d.path).name}" for d in config.data.datasets)
-    start = Path(config.model.init).name if config.model.init else "random weights"
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, feature-extraction, matryoshka, piccolo_jax]
----
-A text-embedding model trained with piccolo_jax {__version__} (the Piccolo2 recipe, arXiv
-2405.06932), started from {start}: {parts.model.pooling} pooling, {config.total_steps} steps of
-{config.batch_size} rows, texts of at most {config.data.max_length} tokens. Trained on
-
-{names}
-
-Any of these prefixes is an embedding: {dims}. Cut first, then normalise:
-
-```python
-import torch
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("path/to/this/directory")
-vectors = model.encode(["..."], convert_to_tensor=True)
-vectors = torch.nn.functional.normalize(vectors[:, :{config.loss.dims[0]}], dim=1)
-```
-"""
-
-
-def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

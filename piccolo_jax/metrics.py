@@ -32,6 +32,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+def hardware() -> dict[str, Any]:
+    """What the run computes on, as in metrics.jsonl."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
 class JsonLines:
     """Appends objects to a file, one a line, each with a `step`.
 

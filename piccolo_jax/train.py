@@ -31,6 +31,7 @@ from piccolo_jax.data.prepare import prepare_datasets
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder
 from piccolo_jax.evaluation.local import METRICS, EvalDataset, open_datasets
+from piccolo_jax.exporting.record import read_record
 from piccolo_jax.metrics import say
 from piccolo_jax.mining.while_training import ChangingNegatives
 from piccolo_jax.tasks import TASKS
@@ -136,13 +137,13 @@ def main(argv: list[str]) -> int:
     # Loop. A checkpoint at t is saved before batch t is used.
     learning_rate = optim.learning_rate(config.optim, config.total_steps)
     in_flight: list[tuple[HostBatch, Any]] = []
-    recent = _Rate()
+    recent = _Rate(log.kept)
     bar = tqdm.tqdm(
         total=config.total_steps, initial=first_step, unit=" steps", desc="training",
         disable=not is_first,
     )  # fmt: skip
 
-    def finish_oldest() -> None:
+    def finish_oldest(at_stop: bool = False) -> None:
         batch, values = in_flight.pop(0)
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         step = batch.step + 1
@@ -155,7 +156,7 @@ def main(argv: list[str]) -> int:
         recent.add(batch.rows, batch.num_tokens)
         bar.set_postfix_str(f"{batch.task} loss {values['loss']:.4f}", refresh=False)
         bar.update()
-        if step % config.log.every == 0 or step in (first_step + 1, config.total_steps):
+        if step % config.log.every == 0 or step in (first_step + 1, config.total_steps) or at_stop:
             log.write(
                 {
                     "step": step,
@@ -167,6 +168,7 @@ def main(argv: list[str]) -> int:
                     "fill": round(batch.fill, 4),
                     "epoch": round(batch.epoch, 4),
                     **({"mixture": epochs} if step == 1 else {}),
+                    **({"hardware": metrics.hardware()} if step == first_step + 1 else {}),
                 }
             )
 
@@ -193,8 +195,8 @@ def main(argv: list[str]) -> int:
             last = done == config.total_steps
             at_checkpoint = config.checkpoint.every and done % config.checkpoint.every == 0
             if last or stopping or at_checkpoint or evaluation_due(done):
-                while in_flight:
-                    finish_oldest()
+                while in_flight:  # what a resumed run counts on from must be logged
+                    finish_oldest(bool(stopping or at_checkpoint))
             if last or stopping or at_checkpoint:
                 checkpoints.save(done, state, config, fingerprints, negatives.save())
             if stopping and not last:
@@ -211,7 +213,8 @@ def main(argv: list[str]) -> int:
     params = multihost_utils.process_allgather(state.params, tiled=True)
     with distributed.agreed("writing the export"):
         if is_first:
-            export.write(output, params, parts, config, overwrite=True)
+            record = read_record(workdir, config, config.total_steps)
+            export.write(output, params, parts, config, overwrite=True, record=record)
     _say_results(workdir, config, checkpoints, output)
     return 0
 
@@ -272,9 +275,15 @@ def _evaluate(
 
 
 class _Rate:
-    """Rows and tokens per second since the last call of take()."""
+    """Rows and tokens per second since the last call of take(), and totals of the whole run.
 
-    def __init__(self) -> None:
+    `kept`: the lines of metrics.jsonl of what the run did before it was stopped.
+    """
+
+    def __init__(self, kept: list[dict[str, Any]]) -> None:
+        last = kept[-1] if kept else {}
+        self._total_tokens = int(last.get("total_tokens", 0))
+        self._start = time.monotonic() - float(last.get("total_seconds", 0.0))
         self._reset()
 
     def _reset(self) -> None:
@@ -282,12 +291,15 @@ class _Rate:
 
     def add(self, rows: int, tokens: int) -> None:
         self._rows, self._tokens = self._rows + rows, self._tokens + tokens
+        self._total_tokens += tokens
 
     def take(self) -> dict[str, float]:
         seconds = max(time.monotonic() - self._since, 1e-9)
         rates = {
             "rows_per_second": round(self._rows / seconds, 2),
             "tokens_per_second": round(self._tokens / seconds, 1),
+            "total_tokens": self._total_tokens,
+            "total_seconds": round(time.monotonic() - self._start, 2),
         }
         self._reset()
         return rates

@@ -12,6 +12,7 @@ from piccolo_jax import build, export
 from piccolo_jax.config import DatasetConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder, cut
+from piccolo_jax.exporting import layout
 
 TEXTS = [
     "今天天气很好",
@@ -22,6 +23,11 @@ TEXTS = [
     "好",
     "价格：￥1,299.00\t😀",
 ]
+
+
+def but_card(directory):
+    """Every file but the model card, which begins with the folder's name."""
+    return {name: text for name, text in snapshot(directory).items() if name != "README.md"}
 
 
 def embeddings(parts, params, texts, max_length):
@@ -59,6 +65,7 @@ def test_the_layout_is_that_of_2024(made):
         "config_sentence_transformers.json",
         "model.safetensors",
         "modules.json",
+        "piccolo_jax.safetensors",
         "sentence_bert_config.json",
         "special_tokens_map.json",
         "tokenizer.json",
@@ -101,6 +108,8 @@ def test_the_layout_is_that_of_2024(made):
     assert "sentence_transformers" not in about["__version__"]
     assert read["config.json"]["architectures"] == ["BertModel"]
     assert read["config.json"]["model_type"] == "bert"
+    assert read["config.json"]["torch_dtype"] == "float32"
+    assert "dtype" not in read["config.json"]
     assert set(read["special_tokens_map.json"].values()) == {
         "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]",
     }  # fmt: skip
@@ -137,9 +146,11 @@ def test_the_tokenizer_is_written_as_it_was_read(made):
     assert read["model"] == before["model"]
     vocabulary = (again / "vocab.txt").read_text("utf-8").split("\n")[:-1]
     assert vocabulary == (TOKENIZER / "vocab.txt").read_text("utf-8").split("\n")[:-1]
-    class_name = json.loads((again / "tokenizer_config.json").read_text("utf-8"))["tokenizer_class"]
-    assert class_name == "BertTokenizer"  # which every version of transformers knows
-    assert snapshot(again) == snapshot(output)
+    about = json.loads((again / "tokenizer_config.json").read_text("utf-8"))
+    assert about["tokenizer_class"] == "BertTokenizer"  # which every version knows
+    assert (about["model_max_length"], about["padding_side"]) == (32, "right")
+    assert str(TOKENIZER) not in json.dumps(about)
+    assert but_card(again) == but_card(output)
 
 
 def test_without_a_scaling_layer_there_is_no_dense_module(made):
@@ -192,12 +203,6 @@ def test_prompts_that_datasets_don_t_share_are_not_named(made, tmp_path):
     assert about["prompts"] == {}
 
 
-def test_the_model_card_says_what_the_model_is(made):
-    card = (made(pooling="cls")[3] / "README.md").read_text("utf-8")
-    for part in ("library_name: sentence-transformers", "cls pooling", "8, 20, 24", "- a.jsonl"):
-        assert part in card
-
-
 @pytest.mark.parametrize("name", ["directory", "file"])
 def test_what_is_there_stays_untouched_without_overwrite(made, tmp_path, name):
     c, parts, params, _ = made()
@@ -219,7 +224,7 @@ def test_an_empty_directory_and_missing_parents_are_fine(made, tmp_path):
     (tmp_path / "empty").mkdir()
     export.write(tmp_path / "empty", params, parts, c)
     export.write(tmp_path / "a" / "b", params, parts, c)
-    assert snapshot(tmp_path / "empty") == snapshot(tmp_path / "a" / "b")
+    assert but_card(tmp_path / "empty") == but_card(tmp_path / "a" / "b")
 
 
 @pytest.mark.parametrize("broken", ["safetensors", "rename"])
@@ -240,7 +245,7 @@ def test_a_crash_midway_leaves_what_was_there(made, tmp_path, monkeypatch, broke
         real(source, target)
 
     if broken == "safetensors":
-        monkeypatch.setattr(export, "save_file", fail)
+        monkeypatch.setattr(layout, "save_file", fail)
     else:
         monkeypatch.setattr(export.os, "rename", rename_all_but_the_new)
     with pytest.raises(UserError, match=r"out: can't be written \(No space left on device\)"):
@@ -251,7 +256,7 @@ def test_a_crash_midway_leaves_what_was_there(made, tmp_path, monkeypatch, broke
 
 def test_a_crash_of_another_kind_leaves_nothing_either(made, tmp_path, monkeypatch):
     c, parts, params, _ = made()
-    monkeypatch.setattr(export, "save_file", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(layout, "save_file", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.write(tmp_path / "out", params, parts, c)
     assert not list(tmp_path.iterdir())
@@ -275,13 +280,13 @@ def test_the_command_exports_the_latest_checkpoint(made, workdir, tmp_path, caps
     output = tmp_path / "out"
     flags = (f"--workdir={workdir}", f"--output={output}")
     assert run_command(export.main, *flags) == 0
-    assert snapshot(output) == snapshot(made()[3])
+    assert but_card(output) == but_card(made()[3])
     assert "step 2 of" in capsys.readouterr().out
     assert run_command(export.main, *flags) == 2
     assert "--overwrite" in capsys.readouterr().err
     (output / "modules.json").unlink()
     assert run_command(export.main, *flags, "--overwrite") == 0
-    assert snapshot(output) == snapshot(made()[3])
+    assert but_card(output) == but_card(made()[3])
 
 
 def test_the_command_says_where_there_is_no_checkpoint(workdir, tmp_path, capsys):

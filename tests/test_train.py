@@ -1,5 +1,6 @@
 """Whole runs of the main program, as processes of their own and in this one."""
 
+import itertools
 import json
 import os
 import shutil
@@ -111,7 +112,24 @@ def assert_same_end(workdir, straight):
     steps = [row["step"] for row in rows(workdir)]
     assert steps == sorted(set(steps))
     assert losses(workdir).items() <= losses(straight.workdir).items()
+    tokens = {row["step"]: row["total_tokens"] for row in rows(straight.workdir)}
+    assert all(row["total_tokens"] == tokens[row["step"]] for row in rows(workdir))
     assert rows(workdir, "eval.jsonl") == rows(straight.workdir, "eval.jsonl")
+
+
+def test_the_card_of_the_export_has_the_figures_of_the_run(straight):
+    first, *others = rows(straight.workdir)
+    assert first["hardware"] == {"device": "cpu", "devices": 1, "processes": 1}
+    assert not any("hardware" in row for row in others)
+    for field in ("total_tokens", "total_seconds"):
+        values = [row[field] for row in (first, *others)]
+        assert all(a < b for a, b in itertools.pairwise([0, *values]))
+    card = (straight.workdir / "export" / "README.md").read_text("utf-8")
+    assert f"{others[-1]['total_tokens']:,} tokens" in card
+    assert "| 1 x cpu, 1 process(es) | 1 |" in card
+    for dataset in ("retrieval.jsonl | retrieval | 20 |", "similarity.test spearman |"):
+        assert f"| {dataset}" in card
+    assert "12 of 12 steps of 4 rows" in card
 
 
 def test_a_run_ends_with_checkpoints_metrics_scores_and_an_export(straight):
