@@ -1,4 +1,4 @@
-"""Checkpoints: parameters, optimizer state, step and config. The only file that knows orbax."""
+"""Checkpoints: the state of a run, its config and data. The only file that knows orbax."""
 
 import contextlib
 import itertools
@@ -54,9 +54,11 @@ class Checkpoints:
         """
         about = {"config": json.loads(config_lib.to_json(config)), "data": data}
         items: dict[str, Any] = {
-            "state": ocp.args.StandardSave(state),
+            "state": ocp.args.StandardSave(_without_average(state)),
             "about": ocp.args.JsonSave(about),
         }
+        if state.average is not None:
+            items["average"] = ocp.args.StandardSave(state.average)
         if negatives:
             items["negatives"] = ocp.args.StandardSave(negatives)
         arguments = ocp.args.Composite(**items)
@@ -97,7 +99,11 @@ class Checkpoints:
 
     def restore(self, abstract_state: TrainState) -> TrainState:
         """The latest state, in the shardings of `abstract_state`."""
-        return self._restore(state=ocp.args.StandardRestore(abstract_state))["state"]
+        items = {"state": ocp.args.StandardRestore(_without_average(abstract_state))}
+        if abstract_state.average is not None:
+            items["average"] = ocp.args.StandardRestore(abstract_state.average)
+        restored = self._restore(**items)
+        return TrainState(**restored["state"], average=restored.get("average"))
 
     def restore_negatives(self) -> dict[str, Any]:
         """The latest negatives, as saved."""
@@ -111,6 +117,10 @@ class Checkpoints:
             partial_restore=True,
         )
         return self._restore(state=args)["state"]["params"]
+
+    def restore_average(self, abstract_average: Params) -> Params:
+        """The latest average of the weights alone."""
+        return self._restore(average=ocp.args.StandardRestore(abstract_average))["average"]
 
     def _restore(self, **args: Any) -> Any:
         step = self.latest
@@ -137,3 +147,8 @@ class Checkpoints:
                 f"{place}: this checkpoint can't be {done} ({reason}). {remedy}"
             ) from error
         sys.unraisablehook = hook
+
+
+def _without_average(state: TrainState) -> dict[str, Any]:
+    """The part of the state that every run has; the average is an item of its own."""
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}

@@ -1,6 +1,6 @@
 """Writes a trained model as a sentence-transformers directory.
 
-    python -m piccolo_jax.export --workdir=DIR --output=OUT [--overwrite]
+    python -m piccolo_jax.export --workdir=DIR --output=OUT [--weights=average|last] [--overwrite]
 
 The layout is that of 2024, which sentence-transformers 2.2 to 6.x load: a Transformer, Pooling and,
 with a scaling layer, a Dense module. No Normalize module, since users cut first and normalise then.
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from piccolo_jax import __version__, build, cli
+from piccolo_jax import __version__, averaging, build, cli
 from piccolo_jax.checkpoint import Checkpoints
 from piccolo_jax.config import Config, MeshConfig
 from piccolo_jax.errors import UserError
@@ -42,20 +42,45 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of the training run")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    add_checkpoint_flags(parser)
     args = parser.parse_args(argv[1:])
     check_output(args.output, args.overwrite)
-    step, config, parts, params = read_checkpoint(args.workdir)
+    step, config, parts, params = read_checkpoint(args.workdir, args.weights)
     write(args.output, jax.device_get(params), parts, config, args.overwrite)
     print(f"step {step} of {args.workdir} is in {args.output}")
 
 
-def read_checkpoint(workdir: Path) -> tuple[int, Config, build.Parts, Params]:
-    """Step, config, model and parameters (on one device) of a run's latest checkpoint."""
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which weights of a run are meant: the arguments of read_checkpoint()."""
+    parser.add_argument(
+        "--weights",
+        choices=(averaging.AVERAGE, averaging.LAST),
+        help="of WORKDIR: the average over the steps, or the last; default: average, if kept",
+    )
+
+
+def read_checkpoint(
+    workdir: Path, weights: str | None = None
+) -> tuple[int, Config, build.Parts, Params]:
+    """Step, config, model and parameters (on one device) of a run's latest checkpoint.
+
+    `weights`: "average", "last", or None: the average if the run keeps one. Raises UserError if the
+    average is asked for and there is none.
+    """
     checkpoints = Checkpoints(workdir)
     config, _ = checkpoints.about()
     parts = build.build(config)
     shardings = build.param_shardings(parts.model, make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    params = checkpoints.restore_params(build.abstract_params(parts.model, shardings))
+    abstract = build.abstract_params(parts.model, shardings)
+    params = checkpoints.restore_params(abstract)
+    average = averaging.averaged(config, abstract)
+    if weights == averaging.AVERAGE and average is None:
+        raise UserError(
+            f"--weights=average: the run in {workdir} keeps no average of its weights"
+            " (config.optim.ema_decay = 0); --weights=last takes the last ones"
+        )
+    if weights != averaging.LAST and average is not None:
+        params = averaging.weights_of(checkpoints.restore_average(average), params)
     return checkpoints.latest or 0, config, parts, params
 
 

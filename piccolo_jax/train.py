@@ -7,7 +7,6 @@ metrics.jsonl, eval.jsonl, prepared/, checkpoints/ and, at the end, export/.
 """
 
 import contextlib
-import functools
 import os
 import signal
 import time
@@ -20,7 +19,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from piccolo_jax import build, cli, distributed, export, metrics, optim, sharding
+from piccolo_jax import averaging, build, cli, distributed, export, metrics, optim, sharding
 from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
 from piccolo_jax.checkpoint import Checkpoints
@@ -30,12 +29,12 @@ from piccolo_jax.data.loader import Batches, HostBatch
 from piccolo_jax.data.prepare import prepare_datasets
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder
-from piccolo_jax.evaluation.local import METRICS, EvalDataset, open_datasets
+from piccolo_jax.evaluation.local import open_datasets
+from piccolo_jax.evaluation.while_training import Evaluations, before_and_after
 from piccolo_jax.metrics import say
 from piccolo_jax.mining.while_training import ChangingNegatives
 from piccolo_jax.tasks import TASKS
 from piccolo_jax.train_step import CompiledSteps
-from piccolo_jax.types import Params
 
 _STEPS_IN_FLIGHT = 2
 
@@ -80,10 +79,13 @@ def main(argv: list[str]) -> int:
     if checkpoints.latest is None:
         _say_model(parts, abstract_params, mesh)
         params = build.make_params(parts, config.seed, shardings)
-        state = build.make_state(params, optimizer, mesh)
+        average = averaging.averaged(config, params)
+        state = build.make_state(params, optimizer, mesh, average)
     else:
         checkpoints.check(config, fingerprints)
-        state = checkpoints.restore(build.abstract_state(abstract_params, optimizer, mesh))
+        average = averaging.averaged(config, abstract_params)
+        abstract_state = build.abstract_state(abstract_params, optimizer, mesh, average)
+        state = checkpoints.restore(abstract_state)
         say(f"resuming after step {checkpoints.latest} of {checkpoints.directory}")
     _write_config(workdir, config)
     first_step = int(state.step)
@@ -92,29 +94,14 @@ def main(argv: list[str]) -> int:
     # Evaluation, before the first step; what the log has of that step is not done again.
     logged = -1 if checkpoints.latest is None else first_step
     log = metrics.JsonLines(workdir / "metrics.jsonl", logged)
-    eval_log = metrics.JsonLines(workdir / "eval.jsonl", logged)
     encoder = Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
-    dims = config.eval.dims or config.loss.dims
+    evaluations = Evaluations(config, evals, encoder, workdir / "eval.jsonl", logged)
     negatives = ChangingNegatives(config, batches.stores, encoder)
     if checkpoints.latest is not None and negatives.save():
         negatives.restore(checkpoints.restore_negatives())
 
-    def evaluate(step: int, params: Params) -> None:
-        scored = {
-            row["dataset"]
-            for row in eval_log.kept
-            if row["step"] == step and {str(dim) for dim in dims} <= row.keys()
-        }
-        missing = distributed.of_first(np.asarray([d.name not in scored for d in evals], bool))
-        todo = [dataset for dataset, is_missing in zip(evals, missing, strict=True) if is_missing]
-        _evaluate(todo, encoder, params, dims, step, eval_log)
-
-    def evaluation_due(step: int) -> bool:
-        regular = config.eval.every > 0 and step % config.eval.every == 0
-        return step in (0, config.total_steps) or regular
-
-    if evaluation_due(first_step):
-        evaluate(first_step, state.params)
+    if evaluations.due(first_step):
+        evaluations.run(first_step, state)
 
     # Compile every planned shape.
     steps = CompiledSteps(parts.model, TASKS, config, optimizer, mesh, state_shardings)
@@ -192,7 +179,7 @@ def main(argv: list[str]) -> int:
             stopping = stop_asked(done)
             last = done == config.total_steps
             at_checkpoint = config.checkpoint.every and done % config.checkpoint.every == 0
-            if last or stopping or at_checkpoint or evaluation_due(done):
+            if last or stopping or at_checkpoint or evaluations.due(done):
                 while in_flight:
                     finish_oldest()
             if last or stopping or at_checkpoint:
@@ -201,14 +188,16 @@ def main(argv: list[str]) -> int:
                 checkpoints.wait()
                 say(f"stopped after step {done}; the same command goes on from there")
                 return 128 + stopping
-            if evaluation_due(done) and not last:
-                evaluate(done, state.params)
+            if evaluations.due(done) and not last:
+                evaluations.run(done, state)
 
     # Results.
     if first_step < config.total_steps:
-        evaluate(config.total_steps, state.params)
+        evaluations.run(config.total_steps, state)
     output = workdir / "export"
-    params = multihost_utils.process_allgather(state.params, tiled=True)
+    params = multihost_utils.process_allgather(
+        averaging.weights_of(state.average, state.params), tiled=True
+    )
     with distributed.agreed("writing the export"):
         if is_first:
             export.write(output, params, parts, config, overwrite=True)
@@ -246,29 +235,6 @@ def _first_uses(batches: Batches, first_step: int, stop_step: int) -> list[int]:
         if len(firsts) == len(batches.stores):
             break
     return list(firsts.values())
-
-
-def _evaluate(
-    evals: list[EvalDataset],
-    encoder: Encoder,
-    params: Params,
-    dims: tuple[int, ...],
-    step: int,
-    log: metrics.JsonLines,
-) -> None:
-    for dataset in evals:
-        progress = f"evaluating {dataset.name}" if jax.process_index() == 0 else ""
-        scores = dataset.evaluate(
-            functools.partial(encoder.encode, params, progress=progress), dims
-        )
-        values = {str(dim): round(score, 5) for dim, score in scores.items()}
-        log.write(
-            {"step": step, "dataset": dataset.name, "metric": METRICS[dataset.task], **values}
-        )
-        say(
-            f"step {step}: {dataset.name} {METRICS[dataset.task]} "
-            + ", ".join(f"{score:.4f} at {dim}" for dim, score in scores.items())
-        )
 
 
 class _Rate:
@@ -375,19 +341,8 @@ def _say_model(parts: build.Parts, abstract_params: Any, mesh: Any) -> None:
 
 
 def _say_results(workdir: Path, config: Config, checkpoints: Checkpoints, output: Path) -> None:
-    by_step: dict[int, dict[str, Any]] = {}
-    for row in metrics.read(workdir / "eval.jsonl"):
-        by_step.setdefault(row["step"], {})[row["dataset"]] = row
-    before, after = by_step.get(0, {}), by_step.get(config.total_steps, {})
-    dims = [str(dim) for dim in config.eval.dims or config.loss.dims]
-    rows = [
-        [f"{name} {after[name]['metric']}"]
-        + [f"{before[name][d]:.3f} -> {after[name][d]:.3f}" for d in dims]
-        for name in after
-        if name in before and set(dims) <= before[name].keys() & after[name].keys()
-    ]
-    if rows:
-        say("\n" + metrics.table(["before -> after, by prefix", *dims], rows))
+    if table := before_and_after(workdir / "eval.jsonl", config):
+        say(f"\n{table}")
     say(
         f"\ncheckpoint: {checkpoints.directory / str(checkpoints.latest)}"
         f"\nexport:     {output}  (a sentence-transformers directory)"

@@ -1,6 +1,6 @@
 """Checks that an exported model gives the same vectors in sentence-transformers as in JAX.
 
-    python -m piccolo_jax.verify OUT [--workdir=DIR] [--dims=256,512]
+    python -m piccolo_jax.verify OUT [--workdir=DIR [--weights=average|last]] [--dims=256,512]
 
 JAX takes the model from OUT too, so this shows that both read it alike; with --workdir, from the
 checkpoint of the run, so this shows that OUT is what was trained. Prints, at every prefix, the
@@ -39,9 +39,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--workdir", type=Path, help="of the run that OUT was exported from")
     parser.add_argument("--dims", default="", help="prefixes, e.g. 256,512; default: the trained")
+    export.add_checkpoint_flags(parser)
     args = parser.parse_args(argv[1:])
     if args.workdir:
-        _, config, parts, params = export.read_checkpoint(args.workdir)
+        _, config, parts, params = export.read_checkpoint(args.workdir, args.weights)
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         model = encoder.Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
     else:

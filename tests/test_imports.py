@@ -18,7 +18,7 @@ LAYERS = (
     ("ops", "models"),
     ("losses",),
     ("tasks",),
-    ("optim",),
+    ("optim", "averaging"),
     ("build", "train_step"),
     ("evaluation", "checkpoint", "distributed", "metrics", "cli"),
     ("planning", "mining", "synthesis"),
@@ -26,7 +26,16 @@ LAYERS = (
     ("train", "embed", "mine", "prepare", "verify", "plan", "synthesize", "publish"),
 )
 COMMANDS = LAYERS[-1]
-PURE = ("losses", "ops", "models.bert", "models.embedder", "train_step", "sharding", "optim")
+PURE = (
+    "losses",
+    "ops",
+    "models.bert",
+    "models.embedder",
+    "train_step",
+    "sharding",
+    "optim",
+    "averaging",
+)
 
 
 @functools.cache
