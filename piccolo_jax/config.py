@@ -207,6 +207,9 @@ class CheckpointConfig:
 
     every: int = 500  # steps; 0: only at the end
     keep: int = 2
+    # The weights with the largest value of this stay in WORKDIR/best: DATASET/METRIC@DIM of an
+    # evaluation set, mean@DIM of all; of the averaged weights average/DATASET/METRIC@DIM.
+    best_metric: str = ""
 
 
 @config_dataclass

@@ -1,6 +1,7 @@
 """Writes a trained model as a sentence-transformers directory.
 
-    python -m piccolo_jax.export --workdir=DIR --output=OUT [--weights=average|last] [--overwrite]
+    python -m piccolo_jax.export --workdir=DIR --output=OUT [--checkpoint=latest|best]
+        [--weights=average|last] [--overwrite]
 
 The layout is that of 2024, which sentence-transformers 2.2 to 6.x load: a Transformer, Pooling and,
 with a scaling layer, a Dense module. No Normalize module, since users cut first and normalise then.
@@ -19,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from piccolo_jax import __version__, averaging, build, cli
-from piccolo_jax.checkpoint import Checkpoints
+from piccolo_jax.checkpoint import Best, Checkpoints
 from piccolo_jax.config import Config, MeshConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.models import pretrained
@@ -45,13 +46,19 @@ def main(argv: list[str]) -> None:
     add_checkpoint_flags(parser)
     args = parser.parse_args(argv[1:])
     check_output(args.output, args.overwrite)
-    step, config, parts, params = read_checkpoint(args.workdir, args.weights)
+    step, config, parts, params = read_checkpoint(args.workdir, args.checkpoint, args.weights)
     write(args.output, jax.device_get(params), parts, config, args.overwrite)
     print(f"step {step} of {args.workdir} is in {args.output}")
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which weights of a run are meant: the arguments of read_checkpoint()."""
+    parser.add_argument(
+        "--checkpoint",
+        choices=("latest", "best"),
+        default="latest",
+        help="of WORKDIR; best: by config.checkpoint.best_metric",
+    )
     parser.add_argument(
         "--weights",
         choices=(averaging.AVERAGE, averaging.LAST),
@@ -60,14 +67,14 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_checkpoint(
-    workdir: Path, weights: str | None = None
+    workdir: Path, checkpoint: str = "latest", weights: str | None = None
 ) -> tuple[int, Config, build.Parts, Params]:
-    """Step, config, model and parameters (on one device) of a run's latest checkpoint.
+    """Step, config, model and parameters (on one device) of a run's "latest" or "best" checkpoint.
 
     `weights`: "average", "last", or None: the average if the run keeps one. Raises UserError if the
     average is asked for and there is none.
     """
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Best(workdir) if checkpoint == "best" else Checkpoints(workdir)
     config, _ = checkpoints.about()
     parts = build.build(config)
     shardings = build.param_shardings(parts.model, make_mesh(MeshConfig(), jax.local_devices()[:1]))

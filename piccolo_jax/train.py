@@ -3,7 +3,8 @@
     python -m piccolo_jax.train --config=configs/NAME.py --workdir=DIR [--config.FIELD=VALUE ...]
 
 Started again with the same command, it goes on from its last checkpoint. WORKDIR gets config.json,
-metrics.jsonl, eval.jsonl, prepared/, checkpoints/ and, at the end, export/.
+metrics.jsonl, eval.jsonl, prepared/, checkpoints/, best/ (where config.checkpoint.best_metric says
+what is best) and, at the end, export/.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from jax.experimental import multihost_utils
 from piccolo_jax import averaging, build, cli, distributed, export, metrics, optim, sharding
 from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
-from piccolo_jax.checkpoint import Checkpoints
+from piccolo_jax.checkpoint import Best, Checkpoints
 from piccolo_jax.config import Config
 from piccolo_jax.data import mixing
 from piccolo_jax.data.loader import Batches, HostBatch
@@ -30,7 +31,7 @@ from piccolo_jax.data.prepare import prepare_datasets
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder
 from piccolo_jax.evaluation.local import open_datasets
-from piccolo_jax.evaluation.while_training import Evaluations, before_and_after
+from piccolo_jax.evaluation.while_training import Evaluations, before_and_after, check_best_metric
 from piccolo_jax.metrics import say
 from piccolo_jax.mining.while_training import ChangingNegatives
 from piccolo_jax.tasks import TASKS
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> int:
         mesh = sharding.make_mesh(config.mesh)
         shardings = build.param_shardings(parts.model, mesh)
         evals = open_datasets(config.eval.datasets)
+        check_best_metric(config, evals)
         _check_workdir(workdir, config)
     if not distributed.sees_first(workdir):
         raise UserError(f"--workdir={workdir}: must be a folder that all processes share")
@@ -100,8 +102,16 @@ def main(argv: list[str]) -> int:
     if checkpoints.latest is not None and negatives.save():
         negatives.restore(checkpoints.restore_negatives())
 
+    best_metric = config.checkpoint.best_metric
+    best = Best(workdir, best_metric) if best_metric else None
+
+    def evaluate(step: int) -> None:
+        scores = evaluations.run(step, state)
+        if best and best.offer(step, scores[best_metric], state, config, fingerprints):
+            say(f"step {step}: the best so far, {best_metric} = {best.score:.4f}")
+
     if evaluations.due(first_step):
-        evaluations.run(first_step, state)
+        evaluate(first_step)
 
     # Compile every planned shape.
     steps = CompiledSteps(parts.model, TASKS, config, optimizer, mesh, state_shardings)
@@ -168,7 +178,8 @@ def main(argv: list[str]) -> int:
             yield from batches.start(step, stop)
             step = stop
 
-    with _stop_signal() as stop_asked, contextlib.closing(bar), checkpoints:
+    saving = best or contextlib.nullcontext()
+    with _stop_signal() as stop_asked, contextlib.closing(bar), checkpoints, saving:
         for batch in all_batches():
             arrays = sharding.global_batch(mesh, batch.sharded, batch.replicated)
             state, values = program(batch, arrays)(state, arrays)
@@ -183,17 +194,21 @@ def main(argv: list[str]) -> int:
                 while in_flight:
                     finish_oldest()
             if last or stopping or at_checkpoint:
+                if best:
+                    best.wait()  # or a run that goes on from here might not know it
                 checkpoints.save(done, state, config, fingerprints, negatives.save())
             if stopping and not last:
                 checkpoints.wait()
                 say(f"stopped after step {done}; the same command goes on from there")
                 return 128 + stopping
             if evaluations.due(done) and not last:
-                evaluations.run(done, state)
+                evaluate(done)
 
     # Results.
     if first_step < config.total_steps:
-        evaluations.run(config.total_steps, state)
+        evaluate(config.total_steps)
+    if best:
+        best.wait()
     output = workdir / "export"
     params = multihost_utils.process_allgather(
         averaging.weights_of(state.average, state.params), tiled=True
@@ -201,7 +216,7 @@ def main(argv: list[str]) -> int:
     with distributed.agreed("writing the export"):
         if is_first:
             export.write(output, params, parts, config, overwrite=True)
-    _say_results(workdir, config, checkpoints, output)
+    _say_results(workdir, config, checkpoints, best, output)
     return 0
 
 
@@ -340,12 +355,20 @@ def _say_model(parts: build.Parts, abstract_params: Any, mesh: Any) -> None:
     )
 
 
-def _say_results(workdir: Path, config: Config, checkpoints: Checkpoints, output: Path) -> None:
+def _say_results(
+    workdir: Path, config: Config, checkpoints: Checkpoints, best: Best | None, output: Path
+) -> None:
     if table := before_and_after(workdir / "eval.jsonl", config):
         say(f"\n{table}")
     say(
         f"\ncheckpoint: {checkpoints.directory / str(checkpoints.latest)}"
-        f"\nexport:     {output}  (a sentence-transformers directory)"
+        + (
+            f"\nbest:       {best.directory / str(best.latest)}  ({best.metric} = {best.score:.4f};"
+            f" python -m piccolo_jax.export --workdir={workdir} --checkpoint=best --output=DIR)"
+            if best
+            else ""
+        )
+        + f"\nexport:     {output}  (a sentence-transformers directory)"
         f"\nnext:       python -m piccolo_jax.verify {output} --workdir={workdir}"
         f"\n            python -m piccolo_jax.embed --model={output} --input=FILE.jsonl"
         " --output=FILE.npy"

@@ -1,6 +1,7 @@
 """Checks that an exported model gives the same vectors in sentence-transformers as in JAX.
 
-    python -m piccolo_jax.verify OUT [--workdir=DIR [--weights=average|last]] [--dims=256,512]
+    python -m piccolo_jax.verify OUT [--workdir=DIR [--checkpoint=latest|best]
+        [--weights=average|last]] [--dims=256,512]
 
 JAX takes the model from OUT too, so this shows that both read it alike; with --workdir, from the
 checkpoint of the run, so this shows that OUT is what was trained. Prints, at every prefix, the
@@ -42,7 +43,9 @@ def main(argv: list[str]) -> int:
     export.add_checkpoint_flags(parser)
     args = parser.parse_args(argv[1:])
     if args.workdir:
-        _, config, parts, params = export.read_checkpoint(args.workdir, args.weights)
+        _, config, parts, params = export.read_checkpoint(
+            args.workdir, args.checkpoint, args.weights
+        )
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
         model = encoder.Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
     else:

@@ -82,7 +82,7 @@ def test_the_export_holds_the_averaged_weights_unless_told_otherwise(straight, t
         for name, value in last.items()
         if "position" not in name and value.size > 1
     )
-    _, config, _, params = export.read_checkpoint(straight.workdir, "last")
+    _, config, _, params = export.read_checkpoint(straight.workdir, weights="last")
     assert config.optim.ema_decay == 0.8
     scaling = params["scaling"]["kernel"].T
     np.testing.assert_array_equal(last["linear.weight"], scaling)
@@ -104,7 +104,7 @@ def test_a_resumed_run_ends_with_the_same_average_to_the_bit(run_here, straight,
     assert same(tensors(workdir / "export"), tensors(straight.workdir / "export"))
     for weights in ("average", "last"):
         ours, theirs = (
-            export.read_checkpoint(base, weights)[3] for base in (workdir, straight.workdir)
+            export.read_checkpoint(base, weights=weights)[3] for base in (workdir, straight.workdir)
         )
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     evals = [metrics.read(base / "eval.jsonl") for base in (workdir, straight.workdir)]
@@ -114,7 +114,7 @@ def test_a_resumed_run_ends_with_the_same_average_to_the_bit(run_here, straight,
 def test_the_average_does_not_change_what_is_learnt(run_here, straight, tmp_path):
     workdir = tmp_path / "run"
     assert run_here(workdir, "--config.optim.ema_decay=0", "--config.eval.dims=(16,)") == 0
-    last = export.read_checkpoint(straight.workdir, "last")[3]
+    last = export.read_checkpoint(straight.workdir, weights="last")[3]
     jax.tree.map(np.testing.assert_array_equal, export.read_checkpoint(workdir)[3], last)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from piccolo_jax import averaging, distributed, metrics
 from piccolo_jax.averaging import AVERAGE, LAST
 from piccolo_jax.config import Config
+from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder
 from piccolo_jax.evaluation.local import METRICS, EvalDataset
 from piccolo_jax.metrics import say
@@ -39,8 +40,11 @@ class Evaluations:
         every = self._config.every
         return step in (0, self._total_steps) or (every > 0 and step % every == 0)
 
-    def run(self, step: int, state: TrainState) -> None:
-        """Evaluates the weights after `step` steps; what the log has of them is not done again."""
+    def run(self, step: int, state: TrainState) -> dict[str, float]:
+        """Evaluates the weights after `step` steps; what the log has of them is not done again.
+
+        Returns the scores by the names that config.checkpoint.best_metric has for them.
+        """
         rows = self._logged(step)
         for dataset in self._datasets:
             for weights in self._weights:
@@ -55,6 +59,7 @@ class Evaluations:
                     row = self._evaluate(dataset, params, {"step": step, "weights": weights})
                 rows[dataset.name, weights] = row
                 self._log.write(row)
+        return _by_name(rows, self._dims)
 
     def _logged(self, step: int) -> dict[tuple[str, str], dict[str, Any]]:
         """What was written before this run was resumed, by dataset and weights."""
@@ -87,6 +92,32 @@ class Evaluations:
 def dims_of(config: Config) -> tuple[int, ...]:
     """The prefixes that are evaluated."""
     return config.eval.dims or config.loss.dims
+
+
+def check_best_metric(config: Config, datasets: Sequence[EvalDataset]) -> None:
+    """Raises UserError if config.checkpoint.best_metric names nothing that is evaluated."""
+    metric = config.checkpoint.best_metric
+    every = (LAST, AVERAGE) if config.optim.ema_decay else (LAST,)
+    rows = {
+        (d.name, w): {"metric": METRICS[d.task], **{str(dim): 0.0 for dim in dims_of(config)}}
+        for d in datasets
+        for w in every
+    }
+    names = _by_name(rows, dims_of(config))
+    if metric and metric not in names:
+        known = f"one of {', '.join(names)}" if names else "empty where eval.datasets is"
+        raise UserError(f"config.checkpoint.best_metric = {metric!r}: must be {known}")
+
+
+def _by_name(rows: dict[tuple[str, str], dict[str, Any]], dims: Sequence[int]) -> dict[str, float]:
+    """The scores in the log's rows, and their means over the datasets."""
+    scores: dict[str, list[float]] = {}
+    for (dataset, weights), row in rows.items():
+        prefix = f"{AVERAGE}/" if weights == AVERAGE else ""
+        for dim in dims:
+            for name in (f"{dataset}/{row['metric']}", "mean"):
+                scores.setdefault(f"{prefix}{name}@{dim}", []).append(row[str(dim)])
+    return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
 def before_and_after(path: Path, config: Config) -> str:
