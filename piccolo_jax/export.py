@@ -8,10 +8,12 @@ with a scaling layer, a Dense module. No Normalize module, since users cut first
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +106,22 @@ def write(
 
     `params` are numpy arrays, whole.
     """
+    with replacing(output, overwrite) as partial:
+        _write_files(partial, params, parts, config)
+
+
+@contextlib.contextmanager
+def replacing(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields a new directory beside `output`, moved to its place if all goes well, else removed.
+
+    Raises UserError for what check_output() says, and if it can't be written.
+    """
     check_output(output, overwrite)
     output = output.absolute()
     partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
         partial.mkdir(parents=True)
-        _write_files(partial, params, parts, config)
+        yield partial
         _replace(partial, output)
     except OSError as error:
         raise UserError(f"{output}: can't be written ({error.strerror})") from error

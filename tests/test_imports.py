@@ -23,7 +23,7 @@ LAYERS = (
     ("evaluation", "checkpoint", "distributed", "metrics", "cli"),
     ("planning", "mining", "synthesis"),
     ("export",),
-    ("train", "embed", "mine", "prepare", "verify", "plan", "synthesize", "publish"),
+    ("train", "embed", "merge", "mine", "prepare", "verify", "plan", "synthesize", "publish"),
 )
 COMMANDS = LAYERS[-1]
 PURE = (

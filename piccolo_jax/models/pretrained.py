@@ -80,7 +80,7 @@ def read_spec(directory: Path) -> Pretrained:
     UserError naming the file and the field that is broken or not supported.
     """
     directory = Path(directory)
-    modules = _modules(directory)
+    modules = module_folders(directory)
     config_path = directory / "config.json"
     values = _read_json(config_path)
     model_type = values.get("model_type")
@@ -142,7 +142,7 @@ def open_params(directory: Path, config: BertConfig, embed_dim: int = 0) -> dict
     or of another shape, and if the weights are not safetensors.
     """
     directory = Path(directory)
-    modules = _modules(directory)
+    modules = module_folders(directory)
     tensors = _Tensors(directory)
     prefix = next((p for p in _PREFIXES if f"{p}embeddings.word_embeddings.weight" in tensors), "")
     params: dict[str, Any] = {"backbone": {}}
@@ -262,7 +262,7 @@ class _Tensors:
         return self.files[file]
 
 
-def _modules(directory: Path) -> dict[str, Path]:
+def module_folders(directory: Path) -> dict[str, Path]:
     """Folder of each sentence-transformers module, by the last part of its type."""
     path = directory / "modules.json"
     if not path.exists():
