@@ -146,28 +146,40 @@ def make_params(parts: Parts, seed: int, shardings: Any) -> Params:
     return params
 
 
-def make_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state at step 0; the optimizer's moments lie where their parameters do."""
-    shardings = state_shardings(params, optimizer, mesh)
+def make_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, average: Params = None
+) -> TrainState:
+    """The state at step 0; the optimizer's moments and the average lie where their parameters do.
+
+    `average`: what averaging.averaged() says of the parameters; of it a copy is kept.
+    """
+    shardings = state_shardings(params, optimizer, mesh, average)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    # A copy, since a step gives away the memory of both.
+    average = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings.average)(
+        average
+    )
     step = jax.device_put(np.int32(0), shardings.step)
-    return TrainState(step=step, params=params, opt_state=opt_state)
+    return TrainState(step=step, params=params, opt_state=opt_state, average=average)
 
 
 def abstract_state(
-    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, average: Params = None
 ) -> TrainState:
-    """Shape, type and sharding of the whole state, given those of the parameters."""
-    shardings = state_shardings(params, optimizer, mesh)
+    """Shape, type and sharding of the whole state, given those of the parameters.
+
+    `average` as in make_state().
+    """
+    shardings = state_shardings(params, optimizer, mesh, average)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step, params, jax.eval_shape(optimizer.init, params))
+    state = TrainState(step, params, jax.eval_shape(optimizer.init, params), average)
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, shardings
     )
 
 
 def state_shardings(
-    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh, average: Params = None
 ) -> TrainState:
     """Shardings of the whole state; `params` may be abstract but must carry theirs."""
     whole = NamedSharding(mesh, PartitionSpec())
@@ -181,7 +193,12 @@ def state_shardings(
         transform_non_params=lambda _: whole,
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
-    return TrainState(step=whole, params=shardings, opt_state=by_params)
+    return TrainState(
+        step=whole,
+        params=shardings,
+        opt_state=by_params,
+        average=jax.tree.map(lambda p: p.sharding, average),
+    )
 
 
 def _shapes(model: Embedder) -> Any:

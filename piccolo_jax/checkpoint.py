@@ -1,8 +1,9 @@
-"""Checkpoints: parameters, optimizer state, step and config. The only file that knows orbax."""
+"""Checkpoints: the state of a run, its config and data. The only file that knows orbax."""
 
 import contextlib
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -10,14 +11,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import absl.logging
+import numpy as np
 import orbax.checkpoint as ocp
 
 from piccolo_jax import config as config_lib
+from piccolo_jax import distributed
 from piccolo_jax.config import Config
 from piccolo_jax.errors import UserError
 from piccolo_jax.types import Params, TrainState
 
-DIRECTORY = "checkpoints"
+DIRECTORY, BEST = "checkpoints", "best"
 
 
 class Checkpoints:
@@ -27,17 +30,24 @@ class Checkpoints:
     everything is on disk.
     """
 
+    _remedy = "If it is damaged, delete it: the run then goes on from the one before"
+
     def __init__(self, workdir: Path, keep: int | None = None):
+        self._open(workdir.absolute() / DIRECTORY, keep)
+
+    def _open(self, directory: Path, keep: int | None, **options: Any) -> None:
         absl.logging.set_verbosity(absl.logging.FATAL)  # of orbax, which raises what it logs too
-        self.directory = workdir.absolute() / DIRECTORY
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+        self.directory = directory
         if keep is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        options |= {"max_to_keep": keep, "create": False}
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=ocp.CheckpointManagerOptions(**options)
+        )
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Step of the newest complete checkpoint: the one that is read."""
         return self._manager.latest_step()
 
     def save(
@@ -52,16 +62,15 @@ class Checkpoints:
 
         `negatives`: numpy arrays by dataset and name, where they change while training.
         """
-        about = {"config": json.loads(config_lib.to_json(config)), "data": data}
-        items: dict[str, Any] = {
-            "state": ocp.args.StandardSave(state),
-            "about": ocp.args.JsonSave(about),
-        }
+        items = _items(_without_average(state), state.average, config, data)
         if negatives:
             items["negatives"] = ocp.args.StandardSave(negatives)
+        self._save(step, items)
+
+    def _save(self, step: int, items: dict[str, Any], **options: Any) -> None:
         arguments = ocp.args.Composite(**items)
         with self._readable_errors("written", "Make room there; the ones before it are kept"):
-            self._manager.save(step, args=arguments)
+            self._manager.save(step, args=arguments, **options)
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
@@ -97,7 +106,11 @@ class Checkpoints:
 
     def restore(self, abstract_state: TrainState) -> TrainState:
         """The latest state, in the shardings of `abstract_state`."""
-        return self._restore(state=ocp.args.StandardRestore(abstract_state))["state"]
+        items = {"state": ocp.args.StandardRestore(_without_average(abstract_state))}
+        if abstract_state.average is not None:
+            items["average"] = ocp.args.StandardRestore(abstract_state.average)
+        restored = self._restore(**items)
+        return TrainState(**restored["state"], average=restored.get("average"))
 
     def restore_negatives(self) -> dict[str, Any]:
         """The latest negatives, as saved."""
@@ -112,12 +125,15 @@ class Checkpoints:
         )
         return self._restore(state=args)["state"]["params"]
 
+    def restore_average(self, abstract_average: Params) -> Params:
+        """The latest average of the weights alone."""
+        return self._restore(average=ocp.args.StandardRestore(abstract_average))["average"]
+
     def _restore(self, **args: Any) -> Any:
         step = self.latest
         if step is None:
             raise UserError(f"{self.directory}: holds no complete checkpoint")
-        remedy = "If it is damaged, delete it: the run then goes on from the one before"
-        with self._readable_errors("read", remedy, step):
+        with self._readable_errors("read", self._remedy, step):
             return self._manager.restore(step, args=ocp.args.Composite(**args))
 
     @contextlib.contextmanager
@@ -137,3 +153,70 @@ class Checkpoints:
                 f"{place}: this checkpoint can't be {done} ({reason}). {remedy}"
             ) from error
         sys.unraisablehook = hook
+
+
+class Best(Checkpoints):
+    """The weights of a run that are the best by a metric so far, in WORKDIR/best/STEP.
+
+    To be read only, unless `metric` names one. The larger, the better.
+    """
+
+    _remedy = "If it is damaged, delete it: a checkpoint of the run can be taken instead"
+
+    def __init__(self, workdir: Path, metric: str = ""):
+        self.metric = metric
+
+        def score(metrics: dict[str, float]) -> float:
+            return metrics.get(metric, -math.inf) if metric else max(metrics.values())
+
+        self._open(
+            workdir.absolute() / BEST, 1 if metric else None, best_fn=score, best_mode="max",
+            keep_checkpoints_without_metrics=False,
+        )  # fmt: skip
+        metrics = None if self.latest is None else self._manager.metrics(self.latest)
+        self.score = score(metrics) if metrics else -math.inf
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the best weights."""
+        return self._manager.best_step()
+
+    def offer(
+        self, step: int, score: float, state: TrainState, config: Config, data: list[str]
+    ) -> bool:
+        """Keeps the weights in place of the best so far if their score is larger; says whether.
+
+        All processes call it alike; process 0 decides. Saves in the background.
+        """
+        new = score > self.score and step != self.latest
+        better = distributed.of_first(np.asarray([new], bool))
+        if not better[0]:
+            return False
+        kept = {"step": state.step, "params": state.params}
+        # Also if it is of an earlier step: a run may have gone back to an earlier checkpoint.
+        self._save(
+            step,
+            _items(kept, state.average, config, data),
+            metrics={self.metric: score},
+            force=True,
+        )
+        self.score = score
+        return True
+
+
+def _items(
+    state: dict[str, Any], average: Params, config: Config, data: list[str]
+) -> dict[str, Any]:
+    about = {"config": json.loads(config_lib.to_json(config)), "data": data}
+    items: dict[str, Any] = {
+        "state": ocp.args.StandardSave(state),
+        "about": ocp.args.JsonSave(about),
+    }
+    if average is not None:
+        items["average"] = ocp.args.StandardSave(average)
+    return items
+
+
+def _without_average(state: TrainState) -> dict[str, Any]:
+    """The part of the state that every run has; the average is an item of its own."""
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}

@@ -152,6 +152,9 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    # Of the average of the weights over the steps, which is evaluated beside them and exported; 0:
+    # none is kept. See averaging.py.
+    ema_decay: float = 0.0
 
 
 @config_dataclass
@@ -205,6 +208,9 @@ class CheckpointConfig:
 
     every: int = 500  # steps; 0: only at the end
     keep: int = 2
+    # The weights with the largest value of this stay in WORKDIR/best: DATASET/METRIC@DIM of an
+    # evaluation set, mean@DIM of all; of the averaged weights average/DATASET/METRIC@DIM.
+    best_metric: str = ""
 
 
 @config_dataclass
@@ -347,7 +353,7 @@ def validate(config: Config) -> None:
     not_negative("optim.warmup_steps", "optim.weight_decay", "optim.clip_norm")
     require(config.optim.warmup_steps < config.total_steps, "optim.warmup_steps",
             f"less than total_steps = {config.total_steps}")  # fmt: skip
-    for beta in ("optim.b1", "optim.b2"):
+    for beta in ("optim.b1", "optim.b2", "optim.ema_decay"):
         require(0 <= get(config, beta) < 1, beta, "in [0, 1)")
 
     def check_labels(where: str, dataset: DatasetConfig | EvalDatasetConfig) -> None:

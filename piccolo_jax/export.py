@@ -1,25 +1,27 @@
 """Writes a trained model as a sentence-transformers directory.
 
     python -m piccolo_jax.export --workdir=DIR --output=OUT [--layout=6] [--dtype=bfloat16]
-        [--onnx [--onnx-dim=256]] [--results=DIR] [--name=NAME] [--license=ID] [--overwrite]
+        [--checkpoint=latest|best] [--weights=average|last] [--onnx [--onnx-dim=256]]
+        [--results=DIR] [--name=NAME] [--license=ID] [--overwrite]
 
 The layout of 2024 (default) loads in sentence-transformers 2.2 to 6.x, that of 6 from 6.0 on. OUT
 gets weights, tokenizer, a model card written from the run, and what `verify` compares it with.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from piccolo_jax import __version__, build, cli, metrics
-from piccolo_jax.checkpoint import Checkpoints
+from piccolo_jax import __version__, averaging, build, cli, metrics
+from piccolo_jax.checkpoint import Best, Checkpoints
 from piccolo_jax.config import Config, MeshConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.exporting import card, layout, onnx_graph, reference, states
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--name", default="", help="of the model; default: that of OUTPUT")
     parser.add_argument("--license", default="", help="of the model, as on the hub: apache-2.0")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    add_checkpoint_flags(parser)
     args = parser.parse_args(argv[1:])
     check_output(args.output, args.overwrite)
     if args.onnx_dim is not None and not args.onnx:
@@ -56,7 +59,7 @@ def main(argv: list[str]) -> None:
     options = Options(args.layout, args.dtype, (args.onnx_dim or 0) if args.onnx else None)
     if args.onnx_dim is not None and args.onnx_dim < 1:
         raise UserError(f"--onnx-dim={args.onnx_dim}: must be 1 or more")
-    step, config, parts, params = read_checkpoint(args.workdir)
+    step, config, parts, params = read_checkpoint(args.workdir, args.checkpoint, args.weights)
     record = read_record(args.workdir, config, step, args.results)
     record = dataclasses.replace(record, name=args.name, license=args.license)
     loss = write(
@@ -69,13 +72,43 @@ def main(argv: list[str]) -> None:
     print(f"step {step} of {args.workdir} is in {args.output}")
 
 
-def read_checkpoint(workdir: Path) -> tuple[int, Config, build.Parts, Params]:
-    """Step, config, model and parameters (on one device) of a run's latest checkpoint."""
-    checkpoints = Checkpoints(workdir)
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which weights of a run are meant: the arguments of read_checkpoint()."""
+    parser.add_argument(
+        "--checkpoint",
+        choices=("latest", "best"),
+        default="latest",
+        help="of WORKDIR; best: by config.checkpoint.best_metric",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=(averaging.AVERAGE, averaging.LAST),
+        help="of WORKDIR: the average over the steps, or the last; default: average, if kept",
+    )
+
+
+def read_checkpoint(
+    workdir: Path, checkpoint: str = "latest", weights: str | None = None
+) -> tuple[int, Config, build.Parts, Params]:
+    """Step, config, model and parameters (on one device) of a run's "latest" or "best" checkpoint.
+
+    `weights`: "average", "last", or None: the average if the run keeps one. Raises UserError if the
+    average is asked for and there is none.
+    """
+    checkpoints = Best(workdir) if checkpoint == "best" else Checkpoints(workdir)
     config, _ = checkpoints.about()
     parts = build.build(config)
     shardings = build.param_shardings(parts.model, make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    params = checkpoints.restore_params(build.abstract_params(parts.model, shardings))
+    abstract = build.abstract_params(parts.model, shardings)
+    params = checkpoints.restore_params(abstract)
+    average = averaging.averaged(config, abstract)
+    if weights == averaging.AVERAGE and average is None:
+        raise UserError(
+            f"--weights=average: the run in {workdir} keeps no average of its weights"
+            " (config.optim.ema_decay = 0); --weights=last takes the last ones"
+        )
+    if weights != averaging.LAST and average is not None:
+        params = averaging.weights_of(checkpoints.restore_average(average), params)
     return checkpoints.latest or 0, config, parts, params
 
 
@@ -132,39 +165,57 @@ def write_directory(
     Raises UserError if something is at `output` that may not be replaced, if there is no room, or
     for a parameter that options.dtype can't hold.
     """
-    check_output(output, overwrite)
     options = options or Options()
     exported = layout.rounded(trained, options.dtype)
     dim = _onnx_dim(options, exported.width)
-    output = output.absolute()
-    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        partial.mkdir(parents=True)
+    with replacing(output, overwrite) as partial:
         layout.write(partial, exported, options)
         if dim:
             onnx_graph.write(partial, exported, dim)
-        known = states.make_reference(
-            exported,
-            trained,
-            {
-                "piccolo_jax": __version__,
-                "layout": options.layout,
-                "dtype": options.dtype,
-                "onnx_dim": dim,
-                "files": reference.files_of(partial, exported.model.backbone.to_hf()),
-            },
-        )
-        known.save(partial)
+        known = add_reference(partial, exported, trained, options, dim)
         loss = {}
         if options.dtype != "float32":
             loss = {d: largest_difference(known.trained, known.embeddings, d) for d in known.dims}
         (partial / "README.md").write_text(make_card(loss), encoding="utf-8")
+    return loss
+
+
+def add_reference(
+    directory: Path, exported: Exported, trained: Exported, options: Options, onnx_dim: int = 0
+) -> reference.Reference:
+    """Writes what `verify` compares a directory with into it, which is otherwise whole.
+
+    `exported` has the weights as written, `trained` before they were rounded.
+    """
+    about = {
+        "piccolo_jax": __version__,
+        "layout": options.layout,
+        "dtype": options.dtype,
+        "onnx_dim": onnx_dim,
+        "files": reference.files_of(directory, exported.model.backbone.to_hf()),
+    }
+    known = states.make_reference(exported, trained, about)
+    known.save(directory)
+    return known
+
+
+@contextlib.contextmanager
+def replacing(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields a new directory beside `output`, moved to its place if all goes well, else removed.
+
+    Raises UserError for what check_output() says, and if it can't be written.
+    """
+    check_output(output, overwrite)
+    output = output.absolute()
+    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         _replace(partial, output)
     except OSError as error:
         raise UserError(f"{output}: can't be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return loss
 
 
 def _onnx_dim(options: Options, width: int) -> int:

@@ -3,11 +3,11 @@
     python -m piccolo_jax.train --config=configs/NAME.py --workdir=DIR [--config.FIELD=VALUE ...]
 
 Started again with the same command, it goes on from its last checkpoint. WORKDIR gets config.json,
-metrics.jsonl, eval.jsonl, prepared/, checkpoints/ and, at the end, export/.
+metrics.jsonl, eval.jsonl, prepared/, checkpoints/, best/ (where config.checkpoint.best_metric says
+what is best) and, at the end, export/.
 """
 
 import contextlib
-import functools
 import os
 import signal
 import time
@@ -20,23 +20,23 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from piccolo_jax import build, cli, distributed, export, metrics, optim, sharding
+from piccolo_jax import averaging, build, cli, distributed, export, metrics, optim, sharding
 from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
-from piccolo_jax.checkpoint import Checkpoints
+from piccolo_jax.checkpoint import Best, Checkpoints
 from piccolo_jax.config import Config
 from piccolo_jax.data import mixing
 from piccolo_jax.data.loader import Batches, HostBatch
 from piccolo_jax.data.prepare import prepare_datasets
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder
-from piccolo_jax.evaluation.local import METRICS, EvalDataset, open_datasets
+from piccolo_jax.evaluation.local import open_datasets
+from piccolo_jax.evaluation.while_training import Evaluations, before_and_after, check_best_metric
 from piccolo_jax.exporting.record import read_record
 from piccolo_jax.metrics import say
 from piccolo_jax.mining.while_training import ChangingNegatives
 from piccolo_jax.tasks import TASKS
 from piccolo_jax.train_step import CompiledSteps
-from piccolo_jax.types import Params
 
 _STEPS_IN_FLIGHT = 2
 
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
         mesh = sharding.make_mesh(config.mesh)
         shardings = build.param_shardings(parts.model, mesh)
         evals = open_datasets(config.eval.datasets)
+        check_best_metric(config, evals)
         _check_workdir(workdir, config)
     if not distributed.sees_first(workdir):
         raise UserError(f"--workdir={workdir}: must be a folder that all processes share")
@@ -81,10 +82,13 @@ def main(argv: list[str]) -> int:
     if checkpoints.latest is None:
         _say_model(parts, abstract_params, mesh)
         params = build.make_params(parts, config.seed, shardings)
-        state = build.make_state(params, optimizer, mesh)
+        average = averaging.averaged(config, params)
+        state = build.make_state(params, optimizer, mesh, average)
     else:
         checkpoints.check(config, fingerprints)
-        state = checkpoints.restore(build.abstract_state(abstract_params, optimizer, mesh))
+        average = averaging.averaged(config, abstract_params)
+        abstract_state = build.abstract_state(abstract_params, optimizer, mesh, average)
+        state = checkpoints.restore(abstract_state)
         say(f"resuming after step {checkpoints.latest} of {checkpoints.directory}")
     _write_config(workdir, config)
     first_step = int(state.step)
@@ -93,29 +97,22 @@ def main(argv: list[str]) -> int:
     # Evaluation, before the first step; what the log has of that step is not done again.
     logged = -1 if checkpoints.latest is None else first_step
     log = metrics.JsonLines(workdir / "metrics.jsonl", logged)
-    eval_log = metrics.JsonLines(workdir / "eval.jsonl", logged)
     encoder = Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
-    dims = config.eval.dims or config.loss.dims
+    evaluations = Evaluations(config, evals, encoder, workdir / "eval.jsonl", logged)
     negatives = ChangingNegatives(config, batches.stores, encoder)
     if checkpoints.latest is not None and negatives.save():
         negatives.restore(checkpoints.restore_negatives())
 
-    def evaluate(step: int, params: Params) -> None:
-        scored = {
-            row["dataset"]
-            for row in eval_log.kept
-            if row["step"] == step and {str(dim) for dim in dims} <= row.keys()
-        }
-        missing = distributed.of_first(np.asarray([d.name not in scored for d in evals], bool))
-        todo = [dataset for dataset, is_missing in zip(evals, missing, strict=True) if is_missing]
-        _evaluate(todo, encoder, params, dims, step, eval_log)
+    best_metric = config.checkpoint.best_metric
+    best = Best(workdir, best_metric) if best_metric else None
 
-    def evaluation_due(step: int) -> bool:
-        regular = config.eval.every > 0 and step % config.eval.every == 0
-        return step in (0, config.total_steps) or regular
+    def evaluate(step: int) -> None:
+        scores = evaluations.run(step, state)
+        if best and best.offer(step, scores[best_metric], state, config, fingerprints):
+            say(f"step {step}: the best so far, {best_metric} = {best.score:.4f}")
 
-    if evaluation_due(first_step):
-        evaluate(first_step, state.params)
+    if evaluations.due(first_step):
+        evaluate(first_step)
 
     # Compile every planned shape.
     steps = CompiledSteps(parts.model, TASKS, config, optimizer, mesh, state_shardings)
@@ -183,7 +180,8 @@ def main(argv: list[str]) -> int:
             yield from batches.start(step, stop)
             step = stop
 
-    with _stop_signal() as stop_asked, contextlib.closing(bar), checkpoints:
+    saving = best or contextlib.nullcontext()
+    with _stop_signal() as stop_asked, contextlib.closing(bar), checkpoints, saving:
         for batch in all_batches():
             arrays = sharding.global_batch(mesh, batch.sharded, batch.replicated)
             state, values = program(batch, arrays)(state, arrays)
@@ -194,28 +192,34 @@ def main(argv: list[str]) -> int:
             stopping = stop_asked(done)
             last = done == config.total_steps
             at_checkpoint = config.checkpoint.every and done % config.checkpoint.every == 0
-            if last or stopping or at_checkpoint or evaluation_due(done):
+            if last or stopping or at_checkpoint or evaluations.due(done):
                 while in_flight:  # what a resumed run counts on from must be logged
                     finish_oldest(bool(stopping or at_checkpoint))
             if last or stopping or at_checkpoint:
+                if best:
+                    best.wait()  # or a run that goes on from here might not know it
                 checkpoints.save(done, state, config, fingerprints, negatives.save())
             if stopping and not last:
                 checkpoints.wait()
                 say(f"stopped after step {done}; the same command goes on from there")
                 return 128 + stopping
-            if evaluation_due(done) and not last:
-                evaluate(done, state.params)
+            if evaluations.due(done) and not last:
+                evaluate(done)
 
     # Results.
     if first_step < config.total_steps:
-        evaluate(config.total_steps, state.params)
+        evaluate(config.total_steps)
+    if best:
+        best.wait()
     output = workdir / "export"
-    params = multihost_utils.process_allgather(state.params, tiled=True)
+    params = multihost_utils.process_allgather(
+        averaging.weights_of(state.average, state.params), tiled=True
+    )
     with distributed.agreed("writing the export"):
         if is_first:
             record = read_record(workdir, config, config.total_steps)
             export.write(output, params, parts, config, overwrite=True, record=record)
-    _say_results(workdir, config, checkpoints, output)
+    _say_results(workdir, config, checkpoints, best, output)
     return 0
 
 
@@ -249,29 +253,6 @@ def _first_uses(batches: Batches, first_step: int, stop_step: int) -> list[int]:
         if len(firsts) == len(batches.stores):
             break
     return list(firsts.values())
-
-
-def _evaluate(
-    evals: list[EvalDataset],
-    encoder: Encoder,
-    params: Params,
-    dims: tuple[int, ...],
-    step: int,
-    log: metrics.JsonLines,
-) -> None:
-    for dataset in evals:
-        progress = f"evaluating {dataset.name}" if jax.process_index() == 0 else ""
-        scores = dataset.evaluate(
-            functools.partial(encoder.encode, params, progress=progress), dims
-        )
-        values = {str(dim): round(score, 5) for dim, score in scores.items()}
-        log.write(
-            {"step": step, "dataset": dataset.name, "metric": METRICS[dataset.task], **values}
-        )
-        say(
-            f"step {step}: {dataset.name} {METRICS[dataset.task]} "
-            + ", ".join(f"{score:.4f} at {dim}" for dim, score in scores.items())
-        )
 
 
 class _Rate:
@@ -386,23 +367,20 @@ def _say_model(parts: build.Parts, abstract_params: Any, mesh: Any) -> None:
     )
 
 
-def _say_results(workdir: Path, config: Config, checkpoints: Checkpoints, output: Path) -> None:
-    by_step: dict[int, dict[str, Any]] = {}
-    for row in metrics.read(workdir / "eval.jsonl"):
-        by_step.setdefault(row["step"], {})[row["dataset"]] = row
-    before, after = by_step.get(0, {}), by_step.get(config.total_steps, {})
-    dims = [str(dim) for dim in config.eval.dims or config.loss.dims]
-    rows = [
-        [f"{name} {after[name]['metric']}"]
-        + [f"{before[name][d]:.3f} -> {after[name][d]:.3f}" for d in dims]
-        for name in after
-        if name in before and set(dims) <= before[name].keys() & after[name].keys()
-    ]
-    if rows:
-        say("\n" + metrics.table(["before -> after, by prefix", *dims], rows))
+def _say_results(
+    workdir: Path, config: Config, checkpoints: Checkpoints, best: Best | None, output: Path
+) -> None:
+    if table := before_and_after(workdir / "eval.jsonl", config):
+        say(f"\n{table}")
     say(
         f"\ncheckpoint: {checkpoints.directory / str(checkpoints.latest)}"
-        f"\nexport:     {output}  (a sentence-transformers directory)"
+        + (
+            f"\nbest:       {best.directory / str(best.latest)}  ({best.metric} = {best.score:.4f};"
+            f" python -m piccolo_jax.export --workdir={workdir} --checkpoint=best --output=DIR)"
+            if best
+            else ""
+        )
+        + f"\nexport:     {output}  (a sentence-transformers directory)"
         f"\nnext:       python -m piccolo_jax.verify {output} --workdir={workdir}"
         f"\n            python -m piccolo_jax.embed --model={output} --input=FILE.jsonl"
         " --output=FILE.npy"

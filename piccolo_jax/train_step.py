@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from piccolo_jax import optim
+from piccolo_jax import averaging, optim
 from piccolo_jax.config import Config
 from piccolo_jax.data.packing import Shape
 from piccolo_jax.models.embedder import Embedder, encode
@@ -46,7 +46,9 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        done = state.step + 1
+        average = averaging.update(state.average, params, done, config.optim.ema_decay)
+        return TrainState(done, params, opt_state, average), metrics
 
     return step
 

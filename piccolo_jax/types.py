@@ -18,3 +18,4 @@ class TrainState:
     step: Any  # jax.Array, int32 []; as the other fields, abstract or a sharding in trees of those
     params: Params
     opt_state: optax.OptState
+    average: Params = None  # of the trained parameters, if one is kept (averaging.py)

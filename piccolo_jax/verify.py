@@ -1,11 +1,12 @@
 """Checks that an exported directory is what was trained, and says which part of it is not.
 
-    python -m piccolo_jax.verify OUT [--workdir=DIR] [--dims=256,512]
+    python -m piccolo_jax.verify OUT [--workdir=DIR [--checkpoint=latest|best]
+        [--weights=average|last]] [--dims=256,512]
 
 Compares OUT with the reference that `export` wrote into it from the trained parameters, part by
 part: tokenizer, prompts, backbone, pooling, scaling layer, ONNX file, and the vectors of
 sentence-transformers and JAX at every prefix. With --workdir the reference is computed anew from
-the run's last checkpoint. Without either, as of a directory from elsewhere, sentence-transformers
+the run's checkpoint. Without either, as of a directory from elsewhere, sentence-transformers
 and JAX are compared with each other. Exits with 1 if anything differs, 2 if OUT can't be used.
 Needs sentence-transformers and torch (requirements-dev.txt).
 """
@@ -18,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from piccolo_jax import cli, export, metrics
+from piccolo_jax import build, cli, export, metrics
+from piccolo_jax.config import Config
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import encoder
 from piccolo_jax.exporting import layout, states
 from piccolo_jax.exporting.reference import TEXTS, Reference
+from piccolo_jax.types import Params
 from piccolo_jax.verifying import files, onnx_run, served
 from piccolo_jax.verifying.findings import Finding, largest_difference
 
@@ -39,9 +42,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--workdir", type=Path, help="of the run that OUT was exported from")
     parser.add_argument("--dims", default="", help="prefixes, e.g. 256,512; default: the trained")
+    export.add_checkpoint_flags(parser)
     args = parser.parse_args(argv[1:])
     stored = Reference.read(args.model)
-    reference = _from_checkpoint(args.workdir, args.model, stored) if args.workdir else stored
+    reference = stored
+    if args.workdir:
+        run = export.read_checkpoint(args.workdir, args.checkpoint, args.weights)
+        reference = _from_checkpoint(run, stored)
     if reference is None:
         return _compare_readers(args.model, args.dims)
     dims = _dims(args.dims, reference.embeddings.shape[1]) or reference.dims
@@ -119,12 +126,14 @@ def _vectors(
     yield Finding(part, f"{who}: 1 - cosine up to {largest:.1e}", largest <= TOLERANCE)
 
 
-def _from_checkpoint(workdir: Path, directory: Path, stored: Reference | None) -> Reference:
-    """The reference that an export of the run's latest checkpoint would have."""
+def _from_checkpoint(
+    run: tuple[int, Config, build.Parts, Params], stored: Reference | None
+) -> Reference:
+    """The reference that an export of what export.read_checkpoint() gives would have."""
     about: dict[str, Any] = {"dtype": "float32", "onnx_dim": None} | (
         stored.about if stored else {}
     )
-    _, config, parts, params = export.read_checkpoint(workdir)
+    _, config, parts, params = run
     trained = export.exported_of(params, parts, config)
     rounded = layout.rounded(trained, about["dtype"])
     return states.make_reference(

@@ -111,15 +111,15 @@ def one_error(capsys):
     return lines[1]
 
 
-def write_training_files(directory):
+def write_training_files(directory, tasks=TASKS):
     """Training files of 20 rows of each task, and a config file tiny.py that names them."""
     data = TOKENIZER.parent
-    for task in TASKS:
+    for task in tasks:
         lines = (data / f"{task}.train.jsonl").read_text("utf-8").splitlines(keepends=True)
         (directory / f"{task}.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
     config = TRAINING_CONFIG.format(
         tokenizer=str(TOKENIZER),
-        train=[str(directory / f"{task}.jsonl") for task in TASKS],
+        train=[str(directory / f"{task}.jsonl") for task in tasks],
         dev=str(data / "similarity.test.jsonl"),
     )
     (directory / "tiny.py").write_text(config, encoding="utf-8")

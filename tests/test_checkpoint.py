@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from piccolo_jax import build, sharding
-from piccolo_jax.checkpoint import Checkpoints
+from piccolo_jax.checkpoint import Best, Checkpoints
 from piccolo_jax.config import Config, DatasetConfig, MeshConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.types import TrainState
@@ -133,6 +133,53 @@ def test_a_run_that_is_to_be_shorter_than_it_is_already_is_refused(tmp_path):
     about.total_steps = 11
     with pytest.raises(UserError, match=r"config\.total_steps = 11: .* step 12 already"):
         Checkpoints(tmp_path).check(about, DATA)
+
+
+def offered(workdir, scores, metric="a/spearman@8"):
+    """What is kept of weights with these scores, (step, score) each."""
+    with Best(workdir, metric) as best:
+        for step, score in scores:
+            best.offer(step, score, state(step), config(), DATA)
+    return Best(workdir)
+
+
+def test_the_best_weights_are_kept_whatever_comes_later(tmp_path):
+    best = offered(tmp_path, [(0, 0.1), (2, 0.7), (4, 0.3), (6, 0.7), (8, float("nan"))])
+    assert [p.name for p in (tmp_path / "best").iterdir()] == ["2"]
+    assert (best.latest, best.score, best.about()) == (2, 0.7, (config(), DATA))
+    params = best.restore_params(abstract(state(2).params))
+    jax.tree.map(np.testing.assert_array_equal, params, state(2).params)
+
+
+def test_the_best_is_still_known_when_a_run_goes_on(tmp_path):
+    offered(tmp_path, [(2, 0.5), (4, 0.6)])
+    assert offered(tmp_path, [(6, 0.6)]).latest == 4
+    # Gone back to a checkpoint before step 4, on other machines: it scores otherwise.
+    assert offered(tmp_path, [(2, 0.5), (3, 0.61)]).latest == 3
+    assert [p.name for p in (tmp_path / "best").iterdir()] == ["3"]
+    assert offered(tmp_path, [(3, 0.7)]).score == 0.61  # what is there of a step stays
+
+
+def test_another_metric_begins_anew(tmp_path):
+    offered(tmp_path, [(2, 0.9)])
+    best = offered(tmp_path, [(4, 0.2), (6, 0.1)], metric="b/ndcg_at_10@8")
+    assert (best.latest, best.score) == (4, 0.2)
+    assert [p.name for p in (tmp_path / "best").iterdir()] == ["4"]
+
+
+def test_of_the_best_only_the_weights_are_kept(tmp_path):
+    average = jax.tree.map(lambda x: x + 1, state(2).params)
+    with Best(tmp_path, "m") as best:
+        best.offer(2, 0.5, state(2).replace(average=average), config(), DATA)
+    restored = Best(tmp_path).restore_average(abstract(average))
+    jax.tree.map(np.testing.assert_array_equal, restored, average)
+    with pytest.raises(UserError, match="best/2: this checkpoint can't be read"):
+        Best(tmp_path).restore(abstract(state(2)))
+
+
+def test_where_no_best_was_kept_reading_it_is_an_error(saved):
+    with pytest.raises(UserError, match="/best: holds no complete checkpoint"):
+        Best(saved).about()
 
 
 def test_reading_where_there_is_no_checkpoint_is_an_error_and_makes_no_folder(tmp_path):

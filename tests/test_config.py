@@ -117,6 +117,8 @@ def test_the_configs_that_ship_are_valid(name):
         ("optim.schedule", "step", "'constant'"),
         ("optim.warmup_steps", 2500, "less than total_steps = 2500"),
         ("optim.b1", 1.0, "in [0, 1)"),
+        ("optim.ema_decay", 1.0, "in [0, 1)"),
+        ("optim.ema_decay", -0.1, "in [0, 1)"),
         ("optim.clip_norm", -1.0, "0 or greater"),
         ("data.datasets", (), "at least one DatasetConfig"),
         ("data.datasets", (DatasetConfig(),), "a file or directory"),

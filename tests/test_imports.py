@@ -18,7 +18,7 @@ LAYERS = (
     ("ops", "models"),
     ("losses",),
     ("tasks",),
-    ("optim",),
+    ("optim", "averaging"),
     ("build", "train_step"),
     ("evaluation", "checkpoint", "distributed", "metrics", "cli", "quantize"),
     ("encoder",),
@@ -26,10 +26,30 @@ LAYERS = (
     ("exporting",),
     ("verifying",),
     ("export",),
-    ("train", "embed", "evaluate", "mine", "prepare", "verify", "plan", "synthesize", "publish"),
+    (
+        "train",
+        "embed",
+        "evaluate",
+        "merge",
+        "mine",
+        "prepare",
+        "verify",
+        "plan",
+        "synthesize",
+        "publish",
+    ),
 )
 COMMANDS = LAYERS[-1]
-PURE = ("losses", "ops", "models.bert", "models.embedder", "train_step", "sharding", "optim")
+PURE = (
+    "losses",
+    "ops",
+    "models.bert",
+    "models.embedder",
+    "train_step",
+    "sharding",
+    "optim",
+    "averaging",
+)
 
 
 @functools.cache

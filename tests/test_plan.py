@@ -147,6 +147,20 @@ def test_what_is_not_here_is_assumed_and_said(capfd):
     assert 8 * (6 + 2 * 20) * 0.7 < retrieval["tokens"] < 8 * (6 + 2 * 20) * 1.3
 
 
+def test_the_memory_of_an_average_of_the_weights_is_counted(folder, capfd):
+    flags = (f"--config={folder / 'one.py'}", "--topology=v5e:2x2", f"--workdir={folder}")
+    flags += ("--config.mesh.data=1", "--config.mesh.fsdp=4")
+    plans = [
+        planned(capfd, *flags, f"--config.optim.ema_decay={decay}")[1]["steps"][0]
+        for decay in (0, 0.9)
+    ]
+    one, other = (plan["hbm_arguments"] for plan in plans)
+    # Of parameters and two moments it is a third; both have the batch too.
+    assert 0.3 * one < other - one <= one / 3
+    # It takes the place of the one before.
+    assert plans[1]["hbm_output"] - plans[0]["hbm_output"] < 0.01 * (other - one)
+
+
 def test_the_table_says_that_nothing_ran_and_what_costs(folder, capfd):
     code = small.run_command(
         plan.main, f"--config={folder / 'one.py'}", "--topology=v4:2x2x1", f"--workdir={folder}"

@@ -18,6 +18,7 @@ from small import ROOT, TASKS, one_error, run_command, snapshot
 
 from piccolo_jax import config as config_lib
 from piccolo_jax import metrics, train
+from piccolo_jax.evaluation import local
 
 NO_EVALS = "--config.eval.datasets=()"
 # The main program, which gets a signal when it has logged a step and checkpoint 4 is complete.
@@ -352,7 +353,7 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(
 ):
     scores = iter(range(100))
     monkeypatch.setattr(
-        train.EvalDataset, "evaluate", lambda self, encode, dims: dict.fromkeys(dims, next(scores))
+        local.EvalDataset, "evaluate", lambda self, encode, dims: dict.fromkeys(dims, next(scores))
     )
     assert run_here(tmp_path, "--config.eval.every=4") == 0
     assert [(r["step"], r["16"]) for r in rows(tmp_path, "eval.jsonl")] == [

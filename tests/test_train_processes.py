@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from small import ROOT
 
 from piccolo_jax import metrics
+from piccolo_jax.checkpoint import Best
 
 LAUNCHER = ROOT / "launch" / "local_processes.py"
 FLAGS = (
@@ -21,6 +22,8 @@ FLAGS = (
     # Cosines differ in their last bit when sums are made in another order. A small temperature
     # makes that large, and so does Adam where a gradient is 0 but for rounding.
     *(f"--config.loss.{task}.temperature=1.0" for task in small.TASKS), "--config.optim.eps=1e-3",
+    "--config.optim.ema_decay=0.9",
+    "--config.checkpoint.best_metric=average/similarity.test/spearman@48",
 )  # fmt: skip
 # The main program, of which process 1 gets SIGTERM when step 3 is logged. JAX looks for it every
 # second, so that the steps after it must not be over sooner.
@@ -96,6 +99,8 @@ def assert_same(workdir, straight):
             expected = pytest.approx(b[key], rel=limit) if close else b[key]
             assert a[key] == expected, (key, a, b)
     assert metrics.read(workdir / "eval.jsonl") == metrics.read(straight / "eval.jsonl")
+    ours, theirs = (Best(base) for base in (workdir, straight))
+    assert (ours.latest, ours.score) == (theirs.latest, theirs.score)
     for path in ("model.safetensors", "2_Dense/model.safetensors"):
         ours, theirs = (load_file(base / "export" / path) for base in (workdir, straight))
         assert ours.keys() == theirs.keys()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from piccolo_jax import build, metrics, optim, sharding
+from piccolo_jax import averaging, build, metrics, optim, sharding
 from piccolo_jax.config import Config
 from piccolo_jax.data.loader import Batches, HostBatch
 from piccolo_jax.data.mixing import Dataset
@@ -78,7 +78,8 @@ def plan_steps(
     batches = Batches(config, datasets, TASKS, hidden, shards, tuple(range(shards)))
     params = build.abstract_params(model, build.param_shardings(model, mesh))
     optimizer = optim.make_optimizer(config, params)
-    state = build.abstract_state(params, optimizer, mesh)
+    average = averaging.averaged(config, params)
+    state = build.abstract_state(params, optimizer, mesh, average)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     programs = CompiledSteps(model, TASKS, config, optimizer, mesh, places)
     uses = batches.schedule.uses(config.total_steps)
