@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
     if max(dims) > model.width:
         raise UserError(f"--dims: {max(dims)} is more than the model's width, {model.width}")
     together.lead(model.encode, lambda encode: _evaluate(args, model, dims, encode))
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # not at exit, where torch takes its time on process 0 alone
 
 
 def _evaluate(

@@ -510,7 +510,7 @@ def compare(capsys, *arguments):
 def rows_of(out, dim):
     """Cells of each row of the table of a dimension, by the row's name."""
     block = out.split(f"at {dim} dimensions")[1].split("at ")[0]
-    lines = [re.split(r"  +", line) for line in block.splitlines() if line[:1].isalpha()]
+    lines = [re.split(r"  +", line) for line in block.splitlines()[3:] if line[:1].isalpha()]
     return {cells[0]: cells[1:] for cells in lines}
 
 

@@ -28,7 +28,8 @@ def largest_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest |ours - theirs| / |ours| of corresponding rows; inf if one is not finite."""
     ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     lengths = np.maximum(np.linalg.norm(ours, axis=-1), 1e-12)
-    distance = np.linalg.norm(ours - theirs, axis=-1) / lengths
+    with np.errstate(invalid="ignore"):
+        distance = np.linalg.norm(ours - theirs, axis=-1) / lengths
     return float(np.max(np.where(np.isfinite(distance), distance, np.inf)))
 
 
@@ -40,7 +41,8 @@ def cut(embeddings: np.ndarray, dim: int) -> np.ndarray:
 
 def largest_difference(x: np.ndarray, y: np.ndarray, dim: int) -> float:
     """The largest 1 - cosine of corresponding rows, cut to `dim`; inf if one is not finite."""
-    difference = 1 - (cut(x, dim) * cut(y, dim)).sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        difference = 1 - (cut(x, dim) * cut(y, dim)).sum(axis=1)
     return float(np.max(np.where(np.isfinite(difference), difference, np.inf)))
 
 

@@ -129,7 +129,7 @@ def test_labels_of_both_splits_are_numbered_alike(tmp_path):
     write_rows(tmp_path / "c.train.jsonl", *LABELLED, {"text": "z", "label": "w"})
     write_rows(tmp_path / "c.test.jsonl", *reversed(LABELLED))
     data = read(tmp_path)
-    assert (data.train_labels, data.labels) == ([1, 2, 0], [2, 1])
+    assert (data.train_labels, data.labels) == ([0, 1, 2], [1, 0])
     rows = [{"text": "a", "text_pos": "y", "type": "cls_contrast"}]
     write_rows(tmp_path / "c.test.jsonl", *rows)
     assert read(tmp_path).labels == [2]
