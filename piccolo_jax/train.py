@@ -194,7 +194,7 @@ def main(argv: list[str]) -> int:
             at_checkpoint = config.checkpoint.every and done % config.checkpoint.every == 0
             if last or stopping or at_checkpoint or evaluations.due(done):
                 while in_flight:  # what a resumed run counts on from must be logged
-                    finish_oldest(bool(stopping or at_checkpoint))
+                    finish_oldest(len(in_flight) == 1 and bool(stopping or at_checkpoint))
             if last or stopping or at_checkpoint:
                 if best:
                     best.wait()  # or a run that goes on from here might not know it
