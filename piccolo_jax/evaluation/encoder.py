@@ -52,8 +52,8 @@ class Encoder:
         self.width = model.embed_dim or model.backbone.hidden_size
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.ladder = _ON_CPU if on_cpu else _ELSEWHERE
-        # Half of a batch's operations use one core, attention above all. Only on a single device:
-        # collectives must be started in the same order everywhere.
+        # Batches side by side, since XLA computes attention over short rows on one core. Only on a
+        # single device: collectives must be started in the same order everywhere.
         self._threads = _CORES if on_cpu and mesh.devices.size == 1 else 0
         self._compiled: set[packing.Shape] = set()
 
@@ -160,7 +160,7 @@ def from_spec(
     """As load(), of a directory that was read already."""
     mesh = sharding.make_mesh(mesh_config or MeshConfig())
     model = Embedder(spec.backbone, pooling=spec.pooling or "mean", embed_dim=spec.embed_dim)
-    # Scanned: without a backward pass that costs nothing, and there are several programs.
+    # Scanned: several programs are compiled, and no backward pass needs activations of each layer.
     model = build.for_platform(model, mesh.devices.flat[0].platform, dtype, layers="scanned")
     stored = pretrained.open_params(spec.path, spec.backbone, spec.embed_dim)
     rules = embedder_rules(spec.backbone.model_type)
