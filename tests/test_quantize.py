@@ -15,9 +15,10 @@ def embeddings(n=300, dim=20, seed=0):
 
 
 def test_int8_codes_are_those_of_sentence_transformers():
-    from sentence_transformers.quantization import quantize_embeddings
+    from sentence_transformers.util.quantization import quantize_embeddings
 
     known, new = embeddings(), embeddings(seed=1)
+    known[:, 4] = -0.02  # which never changes, until it does
     quantizer = Quantizer.fit(known, "int8")
     theirs = quantize_embeddings(new, "int8", calibration_embeddings=known)
     codes = quantizer.quantize(new)
@@ -28,7 +29,7 @@ def test_int8_codes_are_those_of_sentence_transformers():
 
 
 def test_bits_that_are_not_centred_are_those_of_sentence_transformers():
-    from sentence_transformers.quantization import quantize_embeddings
+    from sentence_transformers.util.quantization import quantize_embeddings
 
     known, new = embeddings(), embeddings(seed=1)
     codes = Quantizer.fit(known, "binary", centre=False).quantize(new)
@@ -159,6 +160,20 @@ def test_files_that_hold_no_calibration_are_errors(tmp_path):
         save_file(tensors, path, about)
         with pytest.raises(UserError, match="holds no calibration"):
             Quantizer.load(path)
+
+
+def test_a_disk_without_room_leaves_what_was_there(tmp_path, monkeypatch):
+    def save(tensors, path, about):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    quantizer = Quantizer.fit(embeddings(), "int8")
+    quantizer.save(tmp_path / "c.safetensors")
+    monkeypatch.setattr(quantize, "save_file", save)
+    with pytest.raises(UserError, match=r"c\.safetensors: can't be written .*No space"):
+        quantizer.save(tmp_path / "c.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+    assert Quantizer.load(tmp_path / "c.safetensors").precision == "int8"
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

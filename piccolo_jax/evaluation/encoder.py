@@ -6,7 +6,9 @@ has a model: it owns its parameters, and knows its prompts and its normalisation
 
 import collections
 import functools
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -34,6 +36,7 @@ _ELSEWHERE = batches.Ladder(
 )  # fmt: skip
 _TEXTS_AT_ONCE = 16384  # tokenised
 _IN_FLIGHT = 2  # batches that devices have or compute while the next is packed
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Encoder:
@@ -49,6 +52,10 @@ class Encoder:
         self.width = model.embed_dim or model.backbone.hidden_size
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.ladder = _ON_CPU if on_cpu else _ELSEWHERE
+        # Batches side by side, since XLA computes attention over short rows on one core. Only on a
+        # single device: collectives must be started in the same order everywhere.
+        self._threads = _CORES if on_cpu and mesh.devices.size == 1 else 0
+        self._compiled: set[packing.Shape] = set()
 
     @property
     def most_programs(self) -> int:
@@ -78,26 +85,41 @@ class Encoder:
         """As encode(), of texts that are token ids already, int32 [length] each."""
         lengths = np.asarray([len(ids) for ids in tokens], np.int32)
         out = np.zeros((len(tokens), self.width), np.float32)
-        pending: collections.deque[tuple[batches.TextBatch, jax.Array]] = collections.deque()
+        pending: collections.deque[tuple[batches.TextBatch, Callable[[], np.ndarray]]]
+        pending = collections.deque()
         bar = tqdm.tqdm(
             total=len(tokens), desc=progress, unit=" texts", disable=not progress, leave=False
         )
 
         def take() -> None:
             batch, grid = pending.popleft()
-            out[batch.members] = np.asarray(grid)[batch.slots]
+            out[batch.members] = grid()[batch.slots]
             bar.update(len(batch.members))
 
-        with bar:
+        with bar, ThreadPoolExecutor(max(self._threads, 1)) as pool:
             for batch in batches.plan(lengths, self.ladder, sharding.batch_shards_of(self.mesh)):
                 arrays = self._arrays(tokens, lengths, batch)
-                with jax.set_mesh(self.mesh):
-                    pending.append((batch, self._apply(params, arrays)))
-                if len(pending) > _IN_FLIGHT:
+                pending.append((batch, self._start(pool, params, arrays, batch.shape)))
+                if len(pending) > max(self._threads, _IN_FLIGHT):
                     take()
             while pending:
                 take()
         return out
+
+    def _start(
+        self, pool: ThreadPoolExecutor, params: Params, arrays: Batch, shape: packing.Shape
+    ) -> Callable[[], np.ndarray]:
+        """Begins to encode a batch; the result waits for its grid of texts, float32 [slots, D]."""
+
+        def run() -> jax.Array:
+            with jax.set_mesh(self.mesh):
+                return self._apply(params, arrays)
+
+        if self._threads and shape in self._compiled:
+            return pool.submit(lambda: np.asarray(run())).result
+        self._compiled.add(shape)  # by one thread
+        grid = run()
+        return lambda: np.asarray(grid)
 
     def _arrays(
         self, tokens: Sequence[np.ndarray], lengths: np.ndarray, batch: batches.TextBatch
@@ -138,7 +160,7 @@ def from_spec(
     """As load(), of a directory that was read already."""
     mesh = sharding.make_mesh(mesh_config or MeshConfig())
     model = Embedder(spec.backbone, pooling=spec.pooling or "mean", embed_dim=spec.embed_dim)
-    # Scanned: without a backward pass that costs nothing, and there are several programs.
+    # Scanned: several programs are compiled, and no backward pass needs activations of each layer.
     model = build.for_platform(model, mesh.devices.flat[0].platform, dtype, layers="scanned")
     stored = pretrained.open_params(spec.path, spec.backbone, spec.embed_dim)
     rules = embedder_rules(spec.backbone.model_type)

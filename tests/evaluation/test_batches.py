@@ -58,6 +58,15 @@ def test_few_texts_share_a_batch_and_many_do_not():
     assert {length for length, _ in shapes([45] * 100 + [100] * 3)} == {48, 128}
 
 
+def test_texts_too_many_for_one_batch_but_few_of_each_length_have_rows_of_powers_of_2():
+    assert {length for length, _ in shapes([250, 12] + [100] * 4)} == {256, 128, 64}
+
+
+def test_a_batch_is_full_when_every_shard_is():
+    assert {length for length, _ in shapes([16] * 64)} == {16}
+    assert {length for length, _ in shapes([16] * 64, shards=4)} == {64}
+
+
 def test_small_calls_take_small_batches_and_no_batch_is_mostly_empty():
     assert LADDER.row_counts(16) == (32, 4, 1)
     assert LADDER.row_counts(256) == (2, 1)
