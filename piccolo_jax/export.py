@@ -8,11 +8,12 @@ gets weights, tokenizer, a model card written from the run, and what `verify` co
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -136,10 +137,7 @@ def write_directory(
     options = options or Options()
     exported = layout.rounded(trained, options.dtype)
     dim = _onnx_dim(options, exported.width)
-    output = output.absolute()
-    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        partial.mkdir(parents=True)
+    with replacing(output, overwrite) as partial:
         layout.write(partial, exported, options)
         if dim:
             onnx_graph.write(partial, exported, dim)
@@ -159,12 +157,26 @@ def write_directory(
         if options.dtype != "float32":
             loss = {d: largest_difference(known.trained, known.embeddings, d) for d in known.dims}
         (partial / "README.md").write_text(make_card(loss), encoding="utf-8")
+    return loss
+
+
+@contextlib.contextmanager
+def replacing(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields a new directory beside `output`, moved to its place if all goes well, else removed.
+
+    Raises UserError for what check_output() says, and if it can't be written.
+    """
+    check_output(output, overwrite)
+    output = output.absolute()
+    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         _replace(partial, output)
     except OSError as error:
         raise UserError(f"{output}: can't be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return loss
 
 
 def _onnx_dim(options: Options, width: int) -> int:
