@@ -153,7 +153,7 @@ def test_a_length_limit_beyond_the_positions_is_lowered(directory, tmp_path):
     assert encoder.load(tmp_path / "m")[0].max_length == 64
     path.unlink()
     made, params = encoder.load(tmp_path / "m")
-    assert made.max_length == 64
+    assert made.max_length == MAX_LENGTH  # of tokenizer_config.json
     assert isinstance(made.tokenizer, Tokenizer)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
 
