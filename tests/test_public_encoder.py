@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import random
 import shutil
 
 import numpy as np
@@ -171,11 +173,16 @@ def test_devices_do_not_matter(encoder, directory, run_python, tmp_path):
             np.testing.assert_allclose(rows, expected, atol=1e-5)
 
 
-def test_programs_stay_few(directory):
+def test_programs_stay_few_whatever_is_encoded(directory):
     encoder = piccolo_jax.Encoder.load(directory)
-    for count in range(1, 40):
-        encoder.encode([TEXTS[i % 6] * (1 + i % 5) for i in range(count)], dim=1 + count % 7)
-    assert encoder._encoder._apply._cache_size() <= encoder.most_programs < 25
+    inner = encoder._encoder
+    inner.ladder = dataclasses.replace(inner.ladder, tokens=128)  # so that there are full batches
+    rng = random.Random(0)
+    for count in (1, 2, 3, 5, 8, 13, 50, 90, 4, 89, *range(1, 20)):
+        texts = [rng.choice(TEXTS)[: rng.randint(0, 60)] for _ in range(count)]
+        encoder.encode(texts, dim=1 + count % 7)
+    assert encoder.most_programs == inner.ladder.most_programs(32) < 20
+    assert 3 < inner._apply._cache_size() <= encoder.most_programs
 
 
 def test_weights_that_give_no_numbers_are_an_error(directory, tmp_path):

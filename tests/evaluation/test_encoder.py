@@ -104,17 +104,6 @@ def test_the_prompt_is_put_before_every_text(loaded):
     np.testing.assert_allclose(found[0], alone(loaded, "查询：天气"), atol=1e-4)
 
 
-def test_programs_are_few_whatever_is_encoded(loaded):
-    _, params = loaded
-    made = encoder.Encoder(loaded[0].model, loaded[0].tokenizer, loaded[0].mesh, MAX_LENGTH)
-    assert made.most_programs == made.ladder.most_programs(MAX_LENGTH) < 25
-    rng = random.Random(0)
-    made.ladder = dataclasses.replace(made.ladder, tokens=128)  # so that there are full batches
-    for count in (1, 2, 3, 5, 8, 13, 50, 150, 90, 4, 149):
-        made.encode(params, [text[: rng.randint(0, 60)] for text in TEXTS[:count]])
-    assert 3 < made._apply._cache_size() <= made.most_programs
-
-
 def test_a_short_text_alone_is_one_short_row(loaded, monkeypatch):
     made, params = loaded
     shapes = []
