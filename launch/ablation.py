@@ -14,9 +14,9 @@ Trains, with the same data, steps and seeds,
 
 and, if --arms names it, `counted`: as `infonce`, where an equal label text of another row counts as
 a negative, as in the reference implementation. Each is a run of piccolo_jax.train in a process of
-its own. Training files are trained on, and evaluated are test files (of OCNLI and AFQMC, whose
-tests have no labels, the dev files, which choose nothing here). DIR gets results.json, table.md and
-ablation.png. Started again, the command goes on with the runs that are missing.
+its own. Training files are trained on, and evaluated are test files (of OCNLI, AFQMC and QBQTC,
+which have none with labels, the dev files, which choose nothing here). DIR gets results.json,
+table.md and ablation.png. Started again, the command goes on with the runs that are missing.
 Needs scikit-learn (requirements-dev.txt).
 """
 

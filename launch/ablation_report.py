@@ -15,7 +15,7 @@ import numpy as np
 import scipy.stats
 from ablation_scores import CATEGORIES, METRICS, TESTS, Scores, metric
 
-_RESAMPLES = 1000
+RESAMPLES = 1000
 # Of CMTEB's 35 datasets, arXiv 2405.06932, in the order of CATEGORIES, and the mean of all.
 PUBLISHED = {
     "infonce": (72.85, 54.72, 86.14, 69.71, 74.05, 61.88, 68.75),
@@ -63,11 +63,13 @@ def write(
     }
     start = dict(np.load(output / "scores" / "start.npz"))
     width = dims[-1]
-    pairs = [(b, a, width, width) for a, b in itertools.pairwise(arms)]
+    pairs = [(b, a, width) for a, b in itertools.pairwise(arms)]
     if len(arms) > 2:
-        pairs.append((arms[-1], arms[0], width, width))
+        pairs.append((arms[-1], arms[0], width))
     if "labels" in arms:
-        pairs += [("labels", f"alone-{d}", d, d) for d in separate if d in dims]
+        pairs += [("labels", f"alone-{dim}", dim) for dim in separate if dim in dims]
+    compared = {(name, dim) for a, b, dim in pairs for name in (a, b)}
+    resampled = {(name, dim): _resampled(runs[name], dim) for name, dim in sorted(compared)}
     results: dict[str, Any] = {
         "settings": json.loads((output / "settings.json").read_text(encoding="utf-8")),
         "seeds": seeds,
@@ -85,8 +87,13 @@ def write(
             for name, of in runs.items()
         },
         "differences": [
-            {"of": a, "minus": b, "dim": d, **_difference(runs[a], runs[b], d, e)}
-            for a, b, d, e in pairs
+            {
+                "of": a,
+                "minus": b,
+                "dim": dim,
+                **_difference(runs[a], runs[b], dim, (resampled[a, dim], resampled[b, dim])),
+            }
+            for a, b, dim in pairs
         ],
         "published": {name: dict(zip(_COLUMNS, v, strict=True)) for name, v in PUBLISHED.items()},
     }
@@ -118,24 +125,23 @@ def _over_seeds(values: list[np.ndarray]) -> dict[str, Any]:
     return {"mean": _rounded(stacked.mean(axis=0)), "half": half}
 
 
-def _difference(of: list[Scores], minus: list[Scores], dim: int, other: int) -> dict[str, Any]:
-    """Of runs of the same seed; with both intervals."""
-    paired = [by_category(a, dim) - by_category(b, other) for a, b in zip(of, minus, strict=True)]
+def _resampled(of: list[Scores], dim: int) -> np.ndarray:
+    """[resamples, categories + 1]: means over seeds, of the same resampled rows for all models."""
     rng = np.random.default_rng(0)
     drawn = []
-    for _ in range(_RESAMPLES):
-        rows = {
-            name: rng.integers(0, len(size), len(size))
-            for name in TESTS
-            for size in [of[0][f"{name}|gold"]]
-        }
-        drawn.append(
-            np.mean([
-                by_category(a, dim, rows) - by_category(b, other, rows)
-                for a, b in zip(of, minus, strict=True)
-            ], axis=0)
-        )  # fmt: skip
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    for _ in range(RESAMPLES):
+        sizes = {name: len(of[0][f"{name}|gold"]) for name in TESTS}
+        rows = {name: rng.integers(0, size, size) for name, size in sizes.items()}
+        drawn.append(np.mean([by_category(scores, dim, rows) for scores in of], axis=0))
+    return np.stack(drawn)
+
+
+def _difference(
+    of: list[Scores], minus: list[Scores], dim: int, resampled: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Any]:
+    """Of runs of the same seed at one dimension, with both intervals."""
+    paired = [by_category(a, dim) - by_category(b, dim) for a, b in zip(of, minus, strict=True)]
+    low, high = np.percentile(resampled[0] - resampled[1], [2.5, 97.5], axis=0)
     return {**_over_seeds(paired), "examples_low": _rounded(low), "examples_high": _rounded(high)}
 
 
@@ -175,7 +181,7 @@ def table(results: dict[str, Any]) -> str:
         f"Percent, mean over {seeds} seeds ± half of the 95 % interval (Student's t).", "",
         *head, *rows, "",
         f"Differences of runs of the same seed: 95 % over seeds (Student's t, {seeds} seeds), and"
-        f" over test examples (bootstrap, {_RESAMPLES} paired resamples).", "",
+        f" over test examples (bootstrap, {RESAMPLES} paired resamples).", "",
         *differences, "",
     ])  # fmt: skip
 

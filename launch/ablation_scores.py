@@ -24,7 +24,7 @@ TESTS = {
     "csl": ("Clu", "open/clustering/csl_category_title.test.jsonl"),
     "csldcp": ("Clu", "research/clustering/csldcp.test.jsonl"),
     "ocnli": ("Pair", "research/pair/ocnli.dev.jsonl"),
-    "triclue": ("Rer", "research/reranking/triclue.test.jsonl"),
+    "qbqtc": ("Rer", "research/reranking/qbqtc.dev.jsonl"),
     "cmrc2018": ("Ret", "open/retrieval/cmrc2018"),
     "stsb": ("STS", "research/sts/stsb_zh.test.jsonl"),
     "afqmc": ("STS", "research/sts/afqmc.dev.jsonl"),
@@ -35,7 +35,7 @@ METRICS = {
     "STS": "spearman",
 }  # fmt: skip
 _SHOTS, _DRAWS = 8, 5
-_DISTRACTORS = 2  # other passages for each query of retrieval
+_DISTRACTORS = 4  # other passages for each query of retrieval
 Scores = dict[str, np.ndarray]  # TEST|gold, and TEST|DIM: see metric()
 Test = dict[str, Any]
 
@@ -178,7 +178,7 @@ def _retrieval(test: Test, encode: Encode, dims: Sequence[int]) -> Scores:
     for dim in dims:
         order = np.argsort(-cut(queries, dim) @ cut(passages, dim).T, axis=1, kind="stable")
         hits = np.take_along_axis(relevant, order[:, :10], axis=1)
-        scores[str(dim)] = (hits * discounts).sum(axis=1) / ideal
+        scores[str(dim)] = (hits * discounts[: hits.shape[1]]).sum(axis=1) / ideal
     return scores
 
 
