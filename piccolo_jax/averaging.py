@@ -19,6 +19,11 @@ from piccolo_jax.types import Params
 LAST, AVERAGE = "last", "average"  # names of the weights that are evaluated and exported
 
 
+def default_weights(config: Config) -> str:
+    """The name of the weights that a run exports unless told otherwise."""
+    return AVERAGE if config.optim.ema_decay else LAST
+
+
 def averaged(config: Config, params: Params) -> Params:
     """The part of `params` of which a run keeps an average: what config.model.freeze leaves.
 

@@ -60,7 +60,8 @@ def main(argv: list[str]) -> None:
     if args.onnx_dim is not None and args.onnx_dim < 1:
         raise UserError(f"--onnx-dim={args.onnx_dim}: must be 1 or more")
     step, config, parts, params = read_checkpoint(args.workdir, args.checkpoint, args.weights)
-    record = read_record(args.workdir, config, step, args.results)
+    weights = args.weights or averaging.default_weights(config)
+    record = read_record(args.workdir, config, step, weights, args.results)
     record = dataclasses.replace(record, name=args.name, license=args.license)
     loss = write(
         args.output, jax.device_get(params), parts, config, args.overwrite, options, record

@@ -217,7 +217,8 @@ def main(argv: list[str]) -> int:
     )
     with distributed.agreed("writing the export"):
         if is_first:
-            record = read_record(workdir, config, config.total_steps)
+            weights = averaging.default_weights(config)
+            record = read_record(workdir, config, config.total_steps, weights)
             export.write(output, params, parts, config, overwrite=True, record=record)
     _say_results(workdir, config, checkpoints, best, output)
     return 0

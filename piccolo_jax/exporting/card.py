@@ -186,6 +186,11 @@ def _recipe(record: Record) -> Iterator[str]:
         f" the loss of its task; AdamW, learning rate {config.optim.learning_rate:g},"
         f" {config.optim.schedule} schedule, seed {config.seed}."
     )
+    if record.weights == "average":
+        yield (
+            "The weights are their exponential moving average over the steps, decay"
+            f" {config.optim.ema_decay:g}."
+        )
     tasks = {row["task"] for row in record.steps if "task" in row}
     tasks |= {d.task for d in config.data.datasets if d.task}
     rows = []

@@ -36,6 +36,7 @@ class Record:
 
     config: Config
     step: int | None = None
+    weights: str = "last"  # or "average": over the steps
     name: str = ""  # of the model
     license: str = ""  # of the model
     licenses: dict[str, str] = dataclasses.field(default_factory=dict)  # by dataset, as given
@@ -48,8 +49,12 @@ class Record:
         return [row[field] for row in self.steps if field in row]
 
 
-def read_record(workdir: Path, config: Config, step: int, results: Path | None = None) -> Record:
-    """That of a run's checkpoint at `step`, with mteb's `results` of it.
+def read_record(
+    workdir: Path, config: Config, step: int, weights: str = "last", results: Path | None = None
+) -> Record:
+    """That of a run's checkpoint at `step`, of its "last" weights or their "average".
+
+    `results`: a folder of mteb's, of these weights.
 
     Raises UserError if `results` holds none, or those of several models.
     """
@@ -61,7 +66,13 @@ def read_record(workdir: Path, config: Config, step: int, results: Path | None =
     path = workdir / "config.json"  # of the latest start: licences may be given later
     given = config_lib.from_json(path.read_text("utf-8"), str(path)) if path.exists() else config
     return Record(
-        config, step, licenses=_licenses(given), steps=logs[0], evaluations=logs[1], scores=scores
+        config,
+        step,
+        weights,
+        licenses=_licenses(given),
+        steps=logs[0],
+        evaluations=tuple(row for row in logs[1] if row.get("weights", "last") == weights),
+        scores=scores,
     )
 
 
