@@ -7,6 +7,7 @@ store, where waiting takes as long as it takes; collectives on CPU give up after
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,17 +55,20 @@ def lead(encode: Encode, work: Callable[[Encode], None]) -> None:
 
 
 def _tell(message: int, size: int) -> None:
-    jax_distributed.global_state.client.key_value_set(f"evaluate/{message}", str(size))
+    _store().key_value_set(f"evaluate/{message}", str(size))
 
 
 def _hear(message: int) -> int:
     while True:
         try:
-            client = jax_distributed.global_state.client
-            return int(client.blocking_key_value_get(f"evaluate/{message}", _WAIT_MS))
+            return int(_store().blocking_key_value_get(f"evaluate/{message}", _WAIT_MS))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+
+
+def _store() -> Any:
+    return jax_distributed.global_state.client
 
 
 def _of_first(values: np.ndarray) -> np.ndarray:
