@@ -3,7 +3,7 @@
     python launch/ablation.py --model=../shared/models/e5-small-zh --data=../shared/data
         --output=DIR [--seeds=3] [--steps=64] [--batch_size=32] [--lengths=32,64]
         [--learning_rate=5e-5] [--dims=256,768,1792] [--separate=256,1792]
-        [--arms=infonce,cosent,labels] [--rows=400]
+        [--arms=infonce,cosent,labels] [--rows=300]
 
 Trains, with the same data, steps and seeds,
 
@@ -181,7 +181,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--arms", type=lambda text: text.split(","), default=list(ARMS[:1] + ARMS[2:])
     )
-    parser.add_argument("--rows", type=int, default=400, help="of each test file")
+    parser.add_argument("--rows", type=int, default=300, help="of each test file")
     args = parser.parse_args(argv[1:])
     for name in ("model", "data"):
         if not getattr(args, name).is_dir():

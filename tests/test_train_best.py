@@ -13,6 +13,7 @@ from piccolo_jax import export, metrics, train
 from piccolo_jax.checkpoint import Best
 from piccolo_jax.evaluation import local
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
 METRIC = "--config.checkpoint.best_metric=similarity.test/spearman@48"
 EVERY = ("--config.eval.every=2", "--config.checkpoint.every=4")
 
@@ -50,7 +51,10 @@ def run_here(files, monkeypatch):
 
         monkeypatch.setattr(local.EvalDataset, "evaluate", evaluate)
         config = f"--config={files / 'tiny.py'}"
-        return run_command(train.main, config, f"--workdir={workdir}", METRIC, *EVERY, *flags)
+        prepared = f"--config.data.prepared_dir={files / 'prepared'}"
+        return run_command(
+            train.main, config, f"--workdir={workdir}", prepared, METRIC, *EVERY, *flags
+        )
 
     return run_here
 
