@@ -153,7 +153,10 @@ def write(directory: Path, exported: Exported, options: Options) -> None:
         for i, (path, kind) in enumerate(modules)
     ]
     write_json(directory / "modules.json", listed)
-    write_json(directory / "sentence_bert_config.json", chosen.transformer(exported.max_length))
+    # Tokenizers lose it when transformers saves and loads them.
+    lower = {"do_lower_case": True} if exported.tokenizer.lower_case else {}
+    limits = chosen.transformer(exported.max_length) | lower
+    write_json(directory / "sentence_bert_config.json", limits)
     write_json(
         directory / "config_sentence_transformers.json",
         {

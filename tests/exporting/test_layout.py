@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import json
 
 import ml_dtypes
@@ -7,7 +9,9 @@ import small
 from safetensors import safe_open
 
 from piccolo_jax import build, export
+from piccolo_jax.data.tokenizer import Tokenizer
 from piccolo_jax.errors import UserError
+from piccolo_jax.evaluation import encoder
 from piccolo_jax.exporting import layout
 from piccolo_jax.exporting.layout import Options
 
@@ -65,6 +69,21 @@ def test_layout_6_is_what_sentence_transformers_6_itself_writes(tmp_path, poolin
     # And it is the model of the other layout, to the bit.
     old = load(tmp_path / "2024")
     np.testing.assert_array_equal(served.encode(TEXTS), old.encode(TEXTS))
+
+
+@pytest.mark.parametrize("name", ["2024", "6"])
+def test_lower_case_goes_with_the_model(tmp_path, model, name):
+    for folder in ("cased", "out"):
+        (tmp_path / folder).mkdir()
+    layout.write(tmp_path / "cased", model, Options())
+    small.make_cased(tmp_path / "cased")
+    lower = Tokenizer(tmp_path / "cased", lower_case=True)
+    made = dataclasses.replace(model, tokenizer=lower)
+    layout.write(tmp_path / "out", made, Options(layout=name))
+    embedder, params = encoder.load(tmp_path / "out")
+    for encode in (load(tmp_path / "out").encode, functools.partial(embedder.encode, params)):
+        upper, plain = encode(["ABC Abc", "abc abc"])
+        np.testing.assert_allclose(upper, plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
