@@ -14,8 +14,8 @@ import absl.logging
 import numpy as np
 import orbax.checkpoint as ocp
 
+from piccolo_jax import averaging, distributed
 from piccolo_jax import config as config_lib
-from piccolo_jax import distributed
 from piccolo_jax.config import Config
 from piccolo_jax.errors import UserError
 from piccolo_jax.types import Params, TrainState
@@ -128,6 +128,24 @@ class Checkpoints:
     def restore_average(self, abstract_average: Params) -> Params:
         """The latest average of the weights alone."""
         return self._restore(average=ocp.args.StandardRestore(abstract_average))["average"]
+
+    def restore_weights(
+        self, config: Config, abstract_params: Params, weights: str | None = None
+    ) -> Params:
+        """The latest weights: "last", "average", or None: the average if the run keeps one.
+
+        Raises UserError if the average is asked for and there is none.
+        """
+        params = self.restore_params(abstract_params)
+        average = averaging.averaged(config, abstract_params)
+        if weights == averaging.AVERAGE and average is None:
+            raise UserError(
+                f"--weights=average: the run in {self.directory.parent} keeps no average of its"
+                " weights (config.optim.ema_decay = 0); --weights=last takes the last ones"
+            )
+        if weights != averaging.LAST and average is not None:
+            params = averaging.weights_of(self.restore_average(average), params)
+        return params
 
     def _restore(self, **args: Any) -> Any:
         step = self.latest

@@ -416,6 +416,15 @@ def validate_width(config: Config, width: int) -> None:
             )
 
 
+def shared_prompts(config: Config) -> dict[str, str]:
+    """The prompts, `query` and `passage`, that all datasets share; what differs can't be named."""
+    prompts = {
+        "query": {dataset.query_prompt for dataset in config.data.datasets},
+        "passage": {dataset.passage_prompt for dataset in config.data.datasets},
+    }
+    return {name: texts.pop() for name, texts in prompts.items() if len(texts) == 1 and any(texts)}
+
+
 def to_json(config: Config) -> str:
     """The whole config, as written to WORKDIR/config.json."""
     return json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=2) + "\n"

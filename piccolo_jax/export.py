@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from piccolo_jax import __version__, averaging, build, cli, metrics
+from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import Best, Checkpoints
 from piccolo_jax.config import Config, MeshConfig
 from piccolo_jax.errors import UserError
@@ -101,15 +102,7 @@ def read_checkpoint(
     parts = build.build(config)
     shardings = build.param_shardings(parts.model, make_mesh(MeshConfig(), jax.local_devices()[:1]))
     abstract = build.abstract_params(parts.model, shardings)
-    params = checkpoints.restore_params(abstract)
-    average = averaging.averaged(config, abstract)
-    if weights == averaging.AVERAGE and average is None:
-        raise UserError(
-            f"--weights=average: the run in {workdir} keeps no average of its weights"
-            " (config.optim.ema_decay = 0); --weights=last takes the last ones"
-        )
-    if weights != averaging.LAST and average is not None:
-        params = averaging.weights_of(checkpoints.restore_average(average), params)
+    params = checkpoints.restore_weights(config, abstract, weights)
     return checkpoints.latest or 0, config, parts, params
 
 
@@ -249,14 +242,8 @@ def _replace(partial: Path, output: Path) -> None:
 
 
 def _prompts(config: Config) -> dict[str, str]:
-    """The prompts that all datasets share; those that differ can't be named."""
-    queries = {d.query_prompt for d in config.data.datasets}
-    passages = {d.passage_prompt for d in config.data.datasets}
-    prompts = {}
-    if len(queries) == 1 and any(queries):
-        prompts["query"] = queries.pop()
-    if len(passages) == 1 and any(passages):
-        prompts["passage"] = passages.pop()
+    prompts = config_lib.shared_prompts(config)
+    if "passage" in prompts:
         # sentence-transformers' encode_document looks for this one first, and has an empty one.
         prompts["document"] = prompts["passage"]
     return prompts

@@ -11,6 +11,8 @@ from safetensors.numpy import load_file
 from small import one_error, run_command
 
 from piccolo_jax import averaging, export, metrics, train, verify
+from piccolo_jax.config import MeshConfig
+from piccolo_jax.evaluation import models
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 FLAGS = (
@@ -92,6 +94,15 @@ def test_the_export_holds_the_averaged_weights_unless_told_otherwise(straight, t
     assert run_command(
         verify.main, tmp_path / "last", f"--workdir={straight.workdir}", "--weights=last"
     ) == 0  # fmt: skip
+
+
+def test_an_evaluated_workdir_is_what_its_export_is(straight):
+    ours, theirs = (
+        models.load(str(path), MeshConfig(data=1))
+        for path in (straight.workdir, straight.workdir / "export")
+    )
+    texts = ["今天天气很好", "A text"]
+    np.testing.assert_allclose(ours.encode(texts), theirs.encode(texts), atol=1e-6)
 
 
 def test_a_resumed_run_ends_with_the_same_average_to_the_bit(run_here, straight, tmp_path):

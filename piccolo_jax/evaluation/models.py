@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from piccolo_jax import build, sharding
+from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import DIRECTORY, Checkpoints
-from piccolo_jax.config import Config, MeshConfig
+from piccolo_jax.config import MeshConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import encoder as encoder_lib
 from piccolo_jax.models import pretrained
@@ -107,7 +108,8 @@ def _of_workdir(workdir: Path, mesh_config: MeshConfig) -> Model:
     parts = build.build(config)
     mesh: Mesh = sharding.make_mesh(mesh_config)
     shardings = build.param_shardings(parts.model, mesh)
-    params = checkpoints.restore_params(build.abstract_params(parts.model, shardings))
+    abstract = build.abstract_params(parts.model, shardings)
+    params = checkpoints.restore_weights(config, abstract)  # as its export has them
     made = encoder_lib.Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
     step = checkpoints.latest
     return Model(
@@ -115,7 +117,7 @@ def _of_workdir(workdir: Path, mesh_config: MeshConfig) -> Model:
         revision=f"step-{step}-{fingerprint(checkpoints.directory / str(step))[:12]}",
         width=made.width,
         dims=_dims(config.loss.dims, made.width),
-        prompts=_prompts(_shared_prompts(config)),
+        prompts=_prompts(config_lib.shared_prompts(config)),
         default_prompt="",
         normalize=False,
         similarity="cosine",
@@ -139,14 +141,6 @@ def _prompts(own: dict[str, str]) -> dict[str, str]:
     documents = next((own[name] for name in _DOCUMENT_PROMPTS if own.get(name)), "")
     others = {name: text for name, text in own.items() if name not in _DOCUMENT_PROMPTS}
     return others | ({"document": documents} if documents else {})
-
-
-def _shared_prompts(config: Config) -> dict[str, str]:
-    """The prompts that all datasets of a run share, as its export has them."""
-    queries = {dataset.query_prompt for dataset in config.data.datasets}
-    passages = {dataset.passage_prompt for dataset in config.data.datasets}
-    shared = {"query": queries, "passage": passages}
-    return {name: texts.pop() for name, texts in shared.items() if len(texts) == 1}
 
 
 def _read_json(path: Path) -> Any:
