@@ -28,6 +28,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import ablation_data
 import ablation_report
 import ablation_scores
