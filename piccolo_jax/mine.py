@@ -23,6 +23,7 @@ from piccolo_jax.config import MeshConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import encoder as encoder_lib
 from piccolo_jax.evaluation.encoder import Encoder, cut
+from piccolo_jax.evaluation.models import fingerprint
 from piccolo_jax.metrics import say
 from piccolo_jax.mining import corpus as corpus_lib
 from piccolo_jax.mining import embeddings, positives, report, rules
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
 
     # Embeddings, from the cache where they are there.
     cache = args.cache or args.output.absolute().parent / "embeddings"
-    model = embeddings.model_fingerprint(args.model)
+    model = fingerprint(args.model)
 
     def embed(name: str, texts: Corpus, prompt: str, max_length: int) -> np.ndarray:
         limited = _with_length(encoder, max_length)

@@ -19,11 +19,9 @@ import tqdm
 from piccolo_jax import distributed
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder
-from piccolo_jax.evaluation.models import fingerprint as model_fingerprint
 from piccolo_jax.mining.corpus import Corpus
 from piccolo_jax.types import Params
 
-__all__ = ["embed", "model_fingerprint"]
 SCHEMA_VERSION = 1
 _FILE, _PROGRESS = "embeddings.npy", "progress.json"
 _LEAST_CHUNK, _LARGEST_CHUNK, _CHUNKS = 1024, 65536, 64  # texts, texts, about so many

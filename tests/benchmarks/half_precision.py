@@ -14,19 +14,18 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import jax
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from piccolo_jax import build, export, metrics, sharding  # noqa: E402
-from piccolo_jax.config import Config, DatasetConfig, EvalDatasetConfig, MeshConfig  # noqa: E402
-from piccolo_jax.evaluation.local import EvalDataset  # noqa: E402
-from piccolo_jax.exporting.layout import DTYPES, Options  # noqa: E402
-from piccolo_jax.models import pretrained  # noqa: E402
-from piccolo_jax.verifying import served  # noqa: E402
-from piccolo_jax.verifying.findings import largest_difference  # noqa: E402
+from piccolo_jax import build, export, metrics, sharding
+from piccolo_jax.config import Config, DatasetConfig, EvalDatasetConfig, MeshConfig
+from piccolo_jax.evaluation.local import EvalDataset
+from piccolo_jax.exporting.layout import DTYPES, Options
+from piccolo_jax.models import pretrained
+from piccolo_jax.verifying import served
+from piccolo_jax.verifying.findings import largest_difference
 
 QUERY, PASSAGE = "query: ", "passage: "  # the prompts of E5
 

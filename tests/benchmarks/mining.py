@@ -81,10 +81,11 @@ def project(texts):
 
 def embed(texts, args):
     from piccolo_jax.evaluation import encoder as encoder_lib
+    from piccolo_jax.evaluation.models import fingerprint
     from piccolo_jax.mining import corpus, embeddings
 
     encoder, params = encoder_lib.load(args.model)
-    known = embeddings.model_fingerprint(args.model)
+    known = fingerprint(args.model)
     cache = args.cache or Path("embeddings")
     passages = corpus.of_texts(texts, str(args.data))
     rows = embeddings.embed(cache, "benchmark", passages, encoder, params, known, "")

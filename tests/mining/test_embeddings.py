@@ -113,14 +113,3 @@ def test_two_runs_dont_write_the_same_cache(tmp_path):
 def test_embeddings_that_arent_finite_are_refused(tmp_path):
     with pytest.raises(UserError, match="not finite"):
         embed(tmp_path, Counting(value=np.nan))
-
-
-def test_a_models_fingerprint_is_of_its_files_but_not_its_description(tmp_path):
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "model.safetensors").write_text("a")
-    (tmp_path / "1_Pooling" / "config.json").write_text("b")
-    before = embeddings.model_fingerprint(tmp_path)
-    (tmp_path / "README.md").write_text("words")
-    assert embeddings.model_fingerprint(tmp_path) == before
-    (tmp_path / "1_Pooling" / "config.json").write_text("c")
-    assert embeddings.model_fingerprint(tmp_path) != before
