@@ -46,15 +46,31 @@ def test_the_largest_over_all_tiles_are_found_ties_by_index(k, kind):
     assert (indices[:, order.shape[1] :] == -1).all()
 
 
-def test_little_is_kept_of_what_comes_later(monkeypatch):
+@pytest.fixture
+def packed_numbers(monkeypatch):
+    """How many numbers are packed, call by call."""
+    pack, sizes = select.pack, []
+    monkeypatch.setattr(select, "pack", lambda x, at: sizes.append(x.size) or pack(x, at))
+    return sizes
+
+
+def test_little_is_kept_of_what_comes_later(packed_numbers):
     x = np.random.default_rng(0).normal(size=(4, 50 * 64)).astype(np.float32)
-    pack, kept = select.pack, []
-    monkeypatch.setattr(select, "pack", lambda x, at: kept.append(x.size) or pack(x, at))
-    largest = select.Largest(np.full((4, 10), select.NONE))
-    for start in range(0, x.shape[1], 64):
-        largest.add(x[:, start : start + 64].copy(), start)
+    best = np.full((4, 10), select.NONE)
+    for half in (0, 1600):  # the second goes on from the thresholds of the first
+        largest = select.Largest(best)
+        for start in range(half, half + 1600, 64):
+            largest.add(x[:, start : start + 64].copy(), start)
+        best = largest.best()
     # k (1 + ln(n / k)) of a row's n, 68, are among its k largest when they come.
-    assert sum(kept) / 4 < 100
+    assert sum(packed_numbers) / 4 < 100
+
+
+def test_equal_scores_that_come_too_late_are_not_looked_at(packed_numbers):
+    largest = select.Largest(np.full((4, 10), select.NONE))
+    for start in range(0, 640, 64):
+        largest.add(np.zeros((4, 64), np.float32), start)
+    assert sum(packed_numbers) == 4 * 64
 
 
 def test_merging_keeps_the_first_of_both():

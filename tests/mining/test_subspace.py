@@ -81,6 +81,14 @@ def test_a_part_outside_of_the_subspace_is_seen_unless_it_is_rounding(length, se
         subspace.project(rows, basis)
 
 
+def test_several_processes_search_in_all_dimensions(monkeypatch):
+    # One that met a vector outside of the subspace would begin again, and the others not.
+    monkeypatch.setattr(subspace, "find_basis", lambda *_: pytest.fail("looked for a subspace"))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    search(scaled(4, seed=1), scaled(30), 3, mesh, on_host=False)
+
+
 def test_rows_of_zeros_stay_zeros():
     corpus = scaled(600)
     corpus[5] = 0
