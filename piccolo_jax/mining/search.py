@@ -70,10 +70,9 @@ def search(
         alone = jax.process_count() == 1
         basis = subspace.find_basis(corpus, dim, len(queries)) if alone else None
         try:
-            packed = run(queries, _Keys(corpus, dim, basis), device_bytes=device_bytes, bar=bar)
+            return run(queries, _Keys(corpus, dim, basis), device_bytes=device_bytes, bar=bar)
         except subspace.NotSpannedError:
-            packed = run(queries, _Keys(corpus, dim), device_bytes=device_bytes, bar=bar)
-    return Neighbours(*select.unpack(packed))
+            return run(queries, _Keys(corpus, dim), device_bytes=device_bytes, bar=bar)
 
 
 class _Keys:
@@ -93,8 +92,7 @@ class _Keys:
 
 def _on_host(
     queries: np.ndarray, keys: _Keys, k: int, mesh: Mesh, device_bytes: int, bar: tqdm.tqdm
-) -> np.ndarray:
-    """Packed neighbours [queries, k]."""
+) -> Neighbours:
     most = _HOST_BYTES // (4 * TILE * keys.width) or 1
     rows = min(_tiles_that_fit(keys, mesh, device_bytes) * mesh.size, most) * TILE
     blocks = [
@@ -106,13 +104,12 @@ def _on_host(
     def read(start: int) -> np.ndarray:
         return keys.read(start, min(start + TILE, len(keys)))
 
-    return host_search.nearest(queries, blocks, read, k, bar.update)
+    return Neighbours(*host_search.nearest(queries, blocks, read, k, bar.update))
 
 
 def _on_devices(
     queries: np.ndarray, keys: _Keys, k: int, mesh: Mesh, device_bytes: int, bar: tqdm.tqdm
-) -> np.ndarray:
-    """Packed neighbours [queries, k]."""
+) -> Neighbours:
     tiles = _tiles_per_block(keys, mesh, device_bytes)
     at_once = math.ceil(_QUERIES / mesh.size) * mesh.size
     blocks = _query_blocks(subspace.project(queries, keys.basis), at_once)
@@ -127,7 +124,7 @@ def _on_devices(
                 best[i] = select.merge(best[i], found, k)
                 bar.update(min(at_once, len(queries) - i * at_once))
             del placed
-    return best.reshape(-1, k)[: len(queries)]
+    return Neighbours(*select.unpack(best.reshape(-1, k)[: len(queries)]))
 
 
 def _tiles_that_fit(keys: _Keys, mesh: Mesh, device_bytes: int) -> int:

@@ -4,9 +4,12 @@ A score and the index of its key are one unsigned number, smaller for a larger s
 scores, for a smaller index: sorting and merging need nothing else.
 """
 
+import math
+
 import numpy as np
 
 NONE = np.uint64(2**64 - 1)  # behind every pair
+_ROOM = 3  # times k, that a row gathers before it forgets
 
 
 def pack(scores: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -45,22 +48,44 @@ def merge(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
     return both[:, :k]
 
 
+def floor(sample: np.ndarray, num_keys: int, k: int) -> np.ndarray | None:
+    """Scores [rows, 1] that the k-th largest of `num_keys` is hardly ever below.
+
+    Few more than k are above them. None where the sample tells too little.
+
+    Args:
+      sample: float32 [rows, n], scores of keys drawn evenly; is reordered.
+    """
+    width = sample.shape[1]
+    among_best = k * width / num_keys  # of the sample, about as a Poisson variable
+    rank = math.ceil(among_best + 4 * math.sqrt(among_best) + 4)  # more than that: 1 in 10^5
+    if rank > width // 2:
+        return None
+    sample.partition(width - rank, axis=1)
+    return np.nextafter(sample[:, width - rank, None], np.float32(-np.inf))
+
+
 class Largest:
     """The k largest scores of each row, of tiles that come by one after another.
 
     A row keeps what is above its threshold, its k-th largest score when the thresholds were last
-    taken; they are taken anew when a row has gathered k more. So all but a few of the scores are
+    taken; they are taken anew when a row has gathered 3 k. So all but a few of the scores are
     looked at once, while they are in the cache.
     """
 
-    def __init__(self, best: np.ndarray):
-        """`best`: packed [rows, k], sorted, of earlier tiles; NONE where there was nothing."""
+    def __init__(self, best: np.ndarray, floor: np.ndarray | None = None):
+        """`best`: packed [rows, k], sorted, of earlier tiles; NONE where there was nothing.
+
+        `floor`: scores [rows, 1]; only what is above counts.
+        """
         rows, k = best.shape
         self._k = k
-        self._kept = np.full((rows, 2 * k), NONE)
+        self._kept = np.full((rows, (_ROOM + 1) * k), NONE)
         self._kept[:, :k] = best
         self._count = (best != NONE).sum(axis=1)
         self._threshold = _kth(best)
+        if floor is not None:
+            self._threshold = np.maximum(self._threshold, floor)
 
     def add(self, scores: np.ndarray, first_index: int) -> None:
         """Looks at float32 [rows, keys], of consecutive keys from `first_index` on.
@@ -68,13 +93,7 @@ class Largest:
         All indices must be above those of earlier calls: of equal scores the earlier ones win.
         """
         rows, width = scores.shape
-        first = not self._count.any()
-        if first and width > 2 * self._k:
-            # What is below the k-th largest of these is not worth keeping.
-            threshold = np.partition(scores, width - self._k, axis=1)[:, width - self._k, None]
-            place = np.flatnonzero(scores >= threshold)
-        else:
-            place = np.flatnonzero(scores > self._threshold)
+        place = np.flatnonzero(scores > self._threshold)
         row_starts = np.arange(rows) * width
         before = np.searchsorted(place, row_starts)
         more = np.diff(before, append=len(place))
@@ -84,8 +103,13 @@ class Largest:
         room = np.arange(len(place)) + np.repeat(room_starts + self._count - before, more)
         self._kept.ravel()[room] = packed
         self._count += more
-        if self._count.max(initial=0) >= (self._k if first else 2 * self._k):
-            self._forget()
+        gathered = np.flatnonzero(self._count >= _ROOM * self._k)
+        if gathered.size:
+            self._forget(gathered)
+
+    def full(self) -> bool:
+        """Whether all rows have k."""
+        return bool(self._count.min(initial=self._k) >= self._k)
 
     def best(self) -> np.ndarray:
         """Packed [rows, k], sorted; NONE where a row has seen fewer than k."""
@@ -97,14 +121,14 @@ class Largest:
         if missing > 0:
             self._kept = np.pad(self._kept, ((0, 0), (0, missing)), constant_values=NONE)
 
-    def _forget(self) -> None:
-        """Keeps the k best of each row and takes the thresholds from them."""
-        k, most = self._k, int(self._count.max())
-        kept = np.partition(self._kept[:, :most], k - 1, axis=1)[:, :k]
-        self._kept[:, :k] = kept
-        self._kept[:, k:most] = NONE
-        self._count = np.minimum(self._count, k)
-        self._threshold = _kth(kept)
+    def _forget(self, rows: np.ndarray) -> None:
+        """Keeps the k best of these rows and takes their thresholds from them."""
+        k, most = self._k, int(self._count[rows].max())
+        kept = np.partition(self._kept[rows, :most], k - 1, axis=1)[:, :k]
+        self._kept[rows, :k] = kept
+        self._kept[rows, k:most] = NONE
+        self._count[rows] = k
+        self._threshold[rows] = _kth(kept)
 
 
 def _kth(packed: np.ndarray) -> np.ndarray:

@@ -54,16 +54,36 @@ def packed_numbers(monkeypatch):
     return sizes
 
 
-def test_little_is_kept_of_what_comes_later(packed_numbers):
-    x = np.random.default_rng(0).normal(size=(4, 50 * 64)).astype(np.float32)
-    best = np.full((4, 10), select.NONE)
-    for half in (0, 1600):  # the second goes on from the thresholds of the first
-        largest = select.Largest(best)
-        for start in range(half, half + 1600, 64):
-            largest.add(x[:, start : start + 64].copy(), start)
+def test_little_is_kept_of_what_is_looked_at(packed_numbers):
+    x = np.random.default_rng(0).normal(size=(8, 20_000)).astype(np.float32)
+    floor = select.floor(x[:, 15::31].copy(), x.shape[1], 200)
+    best = np.full((8, 200), select.NONE)
+    for half in (0, 10_000):  # the second goes on from the thresholds of the first
+        largest = select.Largest(best, floor)
+        for start in range(half, half + 10_000, 1000):
+            largest.add(x[:, start : start + 1000].copy(), start)
         best = largest.best()
-    # k (1 + ln(n / k)) of a row's n, 68, are among its k largest when they come.
-    assert sum(packed_numbers) / 4 < 100
+    assert largest.full()
+    # Six of the sample belong to the 200; the floor is at its 21st. Without, 10,000 come by above a
+    # threshold before the first is taken at 600.
+    assert sum(packed_numbers) / 8 < 800
+    np.testing.assert_array_equal(select.unpack(best)[0], -np.sort(-x, axis=1)[:, :200])
+
+
+@pytest.mark.parametrize(("num_keys", "k"), [(20_000, 100), (100_000, 1000), (1_000_000, 5000)])
+def test_a_floor_is_below_the_kth_largest_but_once_in_100_000_rows(num_keys, k):
+    rng = np.random.default_rng(0)
+    # Of uniform scores the r-th largest of n in a sample is Beta(n + 1 - r, r): how many of the
+    # others are above it is binomial.
+    sample = rng.random((1000, 2048)).astype(np.float32)
+    above = rng.binomial(num_keys, 1 - select.floor(sample, num_keys, k))
+    assert above.min() >= k
+    assert above.mean() < 6 * k
+
+
+def test_no_floor_where_the_sample_is_too_small():
+    assert select.floor(np.zeros((3, 10), np.float32), 320, 100) is None
+    assert select.floor(np.zeros((3, 0), np.float32), 20, 1) is None
 
 
 def test_equal_scores_that_come_too_late_are_not_looked_at(packed_numbers):
