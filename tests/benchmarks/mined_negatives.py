@@ -2,7 +2,7 @@
 
     python tests/benchmarks/mined_negatives.py --model=DIR --data=BEIR-FOLDER --workdir=DIR
         [--steps=60] [--batch=32] [--seeds=0,1,2] [--ranks=10:60] [--split=test]
-        [--train-queries=0] [--passages=0]
+        [--max-length=192] [--train-queries=0] [--passages=0]
 
 Mines negatives for the training queries of a BEIR folder, draws as many random passages for the
 same rows, trains on each from the same weights, and prints nDCG@10 on another split before and
@@ -32,7 +32,7 @@ def get_config():
     config.model.init, config.model.embed_dim = {model!r}, 0
     config.loss.dims = ({width},)
     config.optim.learning_rate = {learning_rate}
-    config.data.max_length, config.data.query_max_length = 192, 64
+    config.data.max_length, config.data.query_max_length = {max_length}, {query_max_length}
     config.data.prepared_dir = {prepared!r}
     config.data.datasets = (
         DatasetConfig(path={data!r}, query_prompt={query!r}, passage_prompt={passage!r}),
@@ -50,6 +50,8 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--max-length", type=int, default=192, help="tokens, in all that is done")
+    parser.add_argument("--query-max-length", type=int, default=64)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--ranks", default="10:60")
     parser.add_argument("--count", type=int, default=15)
@@ -67,8 +69,9 @@ def main():
             "piccolo_jax.mine", f"--model={args.model}", f"--queries={folder}", f"--output={mined}",
             f"--ranks={args.ranks}", f"--count={args.count}",
             f"--max-positive-ratio={args.max_positive_ratio}",
-            f"--query-prompt={QUERY}", f"--passage-prompt={PASSAGE}", "--max-length=192",
-            "--query-max-length=64", "--overwrite",
+            f"--query-prompt={QUERY}", f"--passage-prompt={PASSAGE}",
+            f"--max-length={args.max_length}", f"--query-max-length={args.query_max_length}",
+            "--overwrite",
         )  # fmt: skip
     random = args.workdir / "random.jsonl"
     write_random(folder / "corpus.jsonl", mined, random, args.count)
@@ -148,7 +151,8 @@ def train(name, data, seed, args):
             steps=args.steps, batch=args.batch, seed=seed, model=str(args.model.absolute()),
             width=pretrained.read_spec(args.model).backbone.hidden_size, data=str(data.absolute()),
             learning_rate=args.learning_rate, prepared=str(args.workdir.absolute() / "prepared"),
-            query=QUERY, passage=PASSAGE,
+            query=QUERY, passage=PASSAGE, max_length=args.max_length,
+            query_max_length=args.query_max_length,
         ), encoding="utf-8")  # fmt: skip
         call("piccolo_jax.train", f"--config={config}", f"--workdir={workdir}")
     return workdir / "export"
@@ -159,7 +163,10 @@ def evaluate(model, folder, args, name):
     kept = args.workdir / f"{name}.score.json"
     if not kept.exists():
         done = subprocess.run(
-            [sys.executable, "-c", EVALUATION, str(ROOT), str(model), str(folder), args.split],
+            [
+                sys.executable, "-c", EVALUATION,
+                str(ROOT), str(model), str(folder), args.split, str(args.max_length),
+            ],
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
         kept.write_text(done.stdout.splitlines()[-1])
@@ -173,6 +180,7 @@ from pathlib import Path
 from piccolo_jax.config import EvalDatasetConfig
 from piccolo_jax.evaluation import encoder, local
 made, params = encoder.load(Path(sys.argv[2]))
+made.max_length = int(sys.argv[5])
 config = EvalDatasetConfig(path=sys.argv[3], split=sys.argv[4])
 config.query_prompt, config.passage_prompt = {QUERY!r}, {PASSAGE!r}
 encode = functools.partial(made.encode, params, progress="evaluating")
