@@ -4,9 +4,9 @@
         [--datasets=cmrc,tnews] [--contenders=piccolo,reference] [--output=FILE.json]
 
 MODEL is a Hugging Face directory of the BERT family; DATA the folder with the files that common.py
-lists. Each contender is a process of its own, which waits while another computes. Per dataset
-each does a step that isn't counted (it warms up, and compiles), then `rounds` steps, in an order
-that turns. docs/benchmarks.md says what is compared with what.
+lists. For each dataset each contender is a process of its own, which waits while another computes.
+It does a step that isn't counted (it warms up, and compiles), then `rounds` steps, in an order that
+turns. docs/benchmarks.md says what is compared with what.
 """
 
 import argparse
@@ -117,39 +117,42 @@ def main() -> None:
 
 
 def run(settings: Settings, names: list[str], rounds: int) -> dict[str, Any]:
-    """Everything measured, as it goes into the JSON file."""
-    processes: list[Process] = []
-    bar = tqdm.tqdm(total=len(names) * (len(settings.datasets) * (rounds + 1) + 3), unit=" steps")
+    """Everything measured, as it goes into the JSON file.
 
-    def ask(process: Process, what: str, *arguments: Any) -> Any:
-        bar.set_postfix_str(" ".join(map(str, (process.name, what, *arguments))))
-        value = process.ask(what, *arguments)
-        bar.update()
-        return value
-
-    peaks: dict[str, float] = {}
-    for name in names:  # one after the other, so that preparation is measured undisturbed
-        processes.append(Process(name, settings))
-        ask(processes[-1], "prepare_seconds")
-        peaks[name] = ask(processes[-1], "peak")
+    Each dataset has processes of its own: PyTorch's keep the memory of the longest step they did.
+    """
+    peaks, memory = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    prepare: dict[str, dict[str, float]] = {name: {} for name in names}
     reports: dict[str, dict[str, list[StepReport]]] = {}
     warm_up: dict[str, dict[str, StepReport]] = {}
-    for dataset in settings.datasets:
-        warm_up[dataset] = {p.name: ask(p, "step", dataset, 0) for p in processes}
-        reports[dataset] = {name: [] for name in names}
-        for use in range(1, rounds + 1):
-            turn = use % len(processes)
-            for process in processes[turn:] + processes[:turn]:
-                reports[dataset][process.name].append(ask(process, "step", dataset, use))
-    for process in processes:
-        peaks[process.name] = max(peaks[process.name], ask(process, "peak"))
+    steps_in_all = len(names) * len(settings.datasets) * (rounds + 3)
+    with tqdm.tqdm(total=steps_in_all, unit=" steps") as bar:
+
+        def ask(process: Process, what: str, *arguments: Any) -> Any:
+            bar.set_postfix_str(" ".join(map(str, (process.name, what, *arguments))))
+            value = process.ask(what, *arguments)
+            bar.update()
+            return value
+
+        for dataset in settings.datasets:
+            alone = dataclasses.replace(settings, datasets=(dataset,))
+            processes: list[Process] = []
+            for name in names:  # one after the other, so that preparation is measured undisturbed
+                processes.append(Process(name, alone))
+                prepare[name].update(processes[-1].ask("prepare_seconds") or {})
+                peaks[name] = max(peaks[name], ask(processes[-1], "peak"))
+            warm_up[dataset] = {p.name: ask(p, "step", dataset, 0) for p in processes}
+            reports[dataset] = {name: [] for name in names}
+            for use in range(1, rounds + 1):
+                turn = use % len(processes)
+                for process in processes[turn:] + processes[:turn]:
+                    reports[dataset][process.name].append(ask(process, "step", dataset, use))
+            for process in processes:
+                peaks[process.name] = max(peaks[process.name], ask(process, "peak"))
+                memory[process.name] = max(memory[process.name], process.ask("peak_memory"))
+                process.stop()
     in_float32 = max([peaks[name] for name in names if "bf16" not in name], default=0.0)
     machine = {name: peaks[name] if "bf16" in name else in_float32 for name in names}
-    memory = {p.name: p.ask("peak_memory") for p in processes}
-    prepare = {p.name: p.ask("prepare_seconds") for p in processes}
-    bar.close()
-    for process in processes:
-        process.stop()
     return {
         "datasets": {
             dataset: {
