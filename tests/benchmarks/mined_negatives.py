@@ -37,6 +37,8 @@ def get_config():
     config.data.datasets = (
         DatasetConfig(path={data!r}, query_prompt={query!r}, passage_prompt={passage!r}),
     )
+    config.loss.retrieval.temperature = {temperature}
+    config.data.negatives = {negatives}
     config.checkpoint.every = 0
     return config
 """
@@ -50,6 +52,8 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--temperature", type=float, default=0.01)
+    parser.add_argument("--negatives", type=int, default=1, help="per row and step")
     parser.add_argument("--max-length", type=int, default=192, help="tokens, in all that is done")
     parser.add_argument("--query-max-length", type=int, default=64)
     parser.add_argument("--seeds", default="0,1,2")
@@ -152,7 +156,8 @@ def train(name, data, seed, args):
             width=pretrained.read_spec(args.model).backbone.hidden_size, data=str(data.absolute()),
             learning_rate=args.learning_rate, prepared=str(args.workdir.absolute() / "prepared"),
             query=QUERY, passage=PASSAGE, max_length=args.max_length,
-            query_max_length=args.query_max_length,
+            query_max_length=args.query_max_length, temperature=args.temperature,
+            negatives=args.negatives,
         ), encoding="utf-8")  # fmt: skip
         call("piccolo_jax.train", f"--config={config}", f"--workdir={workdir}")
     return workdir / "export"
