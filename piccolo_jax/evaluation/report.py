@@ -192,7 +192,7 @@ def figure(path: Path, entries: Sequence[Entry], published: bool) -> None:
     import matplotlib.font_manager  # slow to import, and only needed here
 
     chinese = [name for name in _CHINESE if name in matplotlib.font_manager.get_font_names()]
-    fonts = {"font.family": ["DejaVu Sans", *chinese]}
+    fonts: Any = {"font.family": ["DejaVu Sans", *chinese]}
     partial = path.with_name(f"{path.name}.partial")
     with matplotlib.rc_context(fonts), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of signs that no font here has
