@@ -32,6 +32,8 @@ class Encoder:
 
     Attributes:
       width: D, of a whole embedding.
+      default_dim: the prefix that is kept if none is asked for: the `truncate_dim` of the directory
+        if it names one, else the width.
       max_length: tokens, special ones included, at which texts are cut.
       prompts: those of the model by name, with `query` and `document`, empty if it has none.
       default_prompt_name: of the prompt that texts get if none is given; None: none.
@@ -40,6 +42,7 @@ class Encoder:
     def __init__(self, encoder: functional.Encoder, params: Params, spec: Pretrained):
         self._encoder, self._params, self._spec = encoder, params, spec
         self.width, self.max_length = encoder.width, encoder.max_length
+        self.default_dim = min(spec.truncate_dim or self.width, self.width)
         self.prompts = {"query": "", "document": "", **spec.prompts}
         self.default_prompt_name = spec.default_prompt
 
@@ -94,7 +97,7 @@ class Encoder:
         """Embeddings, float32 [texts, dim]; of a single str, [dim].
 
         Args:
-          dim: the prefix that is kept; default: the whole width.
+          dim: the prefix that is kept; default: `default_dim`.
           prompt: put before every text as it is.
           prompt_name: the same, by its name in `prompts`. With neither, the model's default prompt.
           normalize: to length 1, after cutting. Otherwise embeddings are as the model's modules
@@ -135,7 +138,7 @@ class Encoder:
 
     def _dim(self, dim: int | None) -> int:
         if dim is None:
-            return self.width
+            return self.default_dim
         if not (_is_int(dim) and 1 <= dim <= self.width):
             raise UserError(f"dim = {dim!r}: must be from 1 to {self.width}, the model's width")
         return int(dim)

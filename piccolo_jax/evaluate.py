@@ -98,6 +98,8 @@ def _tasks(args: argparse.Namespace) -> list[Any]:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    if args.output and args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output={args.output}: is a file; give a folder")
     loaded = compare.load(args.compare)
     names, notes = compare.shared_tasks(loaded)
     tables, parts = [], []

@@ -77,8 +77,11 @@ def main(argv: list[str]) -> None:
         table = _evaluate([*models, partial], [*names, "merged"], evals)
         card = _model_card(names, weights, args.method, table, _dims(models[0], _width(specs[0])))
         (partial / "README.md").write_text(card, encoding="utf-8")
-        exported = _exported(partial)
-        export.add_reference(partial, exported, exported, Options())
+        if unknown := list(_unknown_to_a_reference(partial)):
+            say(f"verify can't know all of {args.output}, which has {', '.join(unknown)}")
+        else:
+            exported = _exported(partial)
+            export.add_reference(partial, exported, exported, Options())
     if args.method == "slerp":
         say(f"{linear} of {len(merged)} tensors are nearly parallel or 0: merged linearly")
     if table:
@@ -124,10 +127,13 @@ def _fields(model: Path, spec: pretrained.Pretrained) -> Iterator[tuple[str, Any
             yield f"config.json {field.name}", getattr(spec.backbone, field.name)
     yield "pooling", spec.pooling or "mean"
     yield "width of the Dense module", spec.embed_dim
+    yield "Normalize module", spec.normalize
     yield "prompts", spec.prompts
+    yield "default_prompt_name", spec.default_prompt
+    yield "do_lower_case", spec.lower_case
     yield "max_seq_length", spec.max_seq_length
     yield "matryoshka_dims", _dims(model, _width(spec))
-    tokenizer = json.loads(Tokenizer(model).hf.backend_tokenizer.to_str())
+    tokenizer = json.loads(Tokenizer(spec.tokenizer).hf.backend_tokenizer.to_str())
     for part in ("normalizer", "pre_tokenizer", "model", "post_processor", "added_tokens"):
         yield f"tokenizer's {part}", _Content(tokenizer.get(part))
 
@@ -213,11 +219,16 @@ def _write_model(output: Path, first: Path, merged: Tensors) -> None:
             if not set(place.parts) & set(_NOT_COPIED) and not place.name.startswith("."):
                 (output / place).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, output / place)
-    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    parts = modules.read_modules(output)
+    backbone, dense = parts.get("Transformer", output), parts.get("Dense")
+    config_path = backbone / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
     config |= {field: "float32" for field in ("torch_dtype", "dtype") if field in config}
     text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-    (output / "config.json").write_text(text, encoding="utf-8")
-    folders = {"backbone": output, "scaling": modules.read_modules(output).get("Dense")}
+    config_path.write_text(text, encoding="utf-8")
+    if dense and not modules.read_dense(dense, config["hidden_size"])[1]:
+        del merged["scaling/linear.bias"]  # 0, and none in its file
+    folders = {"backbone": backbone, "scaling": dense}
     for part, folder in folders.items():
         tensors = {
             name.removeprefix(f"{part}/"): value
@@ -226,6 +237,25 @@ def _write_model(output: Path, first: Path, merged: Tensors) -> None:
         }
         if tensors and folder:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _unknown_to_a_reference(directory: Path) -> Iterator[str]:
+    """What no export has, so that `verify` would take it for a difference."""
+    spec = pretrained.read_spec(directory)
+    path = directory / "config_sentence_transformers.json"
+    about = modules.read_json(path) if path.exists() else {}
+    if spec.normalize:
+        yield "a Normalize module"
+    if spec.default_prompt:
+        yield "a default prompt"
+    if spec.lower_case:
+        yield "do_lower_case"
+    if spec.truncate_dim:
+        yield "truncate_dim"
+    if spec.tokenizer != directory:
+        yield "its Transformer in a folder"
+    if (about.get("similarity_fn_name") or "cosine") != "cosine":
+        yield f"similarity {about['similarity_fn_name']}"
 
 
 def _exported(directory: Path) -> Exported:

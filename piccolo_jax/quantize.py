@@ -85,9 +85,14 @@ class Quantizer:
 
         Of int8, products with the middles of the steps: cosines, nearly. Of binary, products of the
         query less the thresholds with 1 or -1 for each bit: an order of the documents, no cosines.
-        Raises UserError if the queries have another width or aren't finite.
+        Raises UserError if the queries or the codes have another width, or queries aren't finite.
         """
         x = self._fitting(queries)
+        is_int8 = self.thresholds is None
+        kind, width = ("int8", self.dim) if is_int8 else ("uint8", -(-self.dim // 8))
+        if codes.ndim != 2 or codes.dtype != kind or codes.shape[1] != width:
+            has = f"{codes.dtype} {list(codes.shape)}"
+            raise UserError(f"codes: {has}: must be {kind} [n, {width}]")
         if self.ranges is None:
             bits = np.unpackbits(codes, axis=1, count=self.dim).astype(np.float32)
             return (x - self.thresholds) @ (2 * bits - 1).T

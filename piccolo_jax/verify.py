@@ -165,7 +165,9 @@ def _compare_readers(directory: Path, dims: str) -> int:
     model, params = encoder.load(directory)
     listed = _dims(dims, model.width) or _trained_dims(directory, model.width)
     ours = model.encode(params, TEXTS)
-    theirs = served.encode(served.load(directory), TEXTS)
+    reader = served.load(directory)
+    reader.truncate_dim = None  # whole embeddings, whatever the directory says of prefixes
+    theirs = served.encode(reader, TEXTS)
     if theirs.shape != ours.shape:
         print(f"sentence-transformers gives {theirs.shape[1]} dimensions, JAX {ours.shape[1]}")
         return 1

@@ -19,7 +19,7 @@ from mteb.results import TaskResult
 from small import ROOT, one_error, run_command
 
 from piccolo_jax import build, evaluate, export
-from piccolo_jax.evaluation import capture, examples, files, local_tasks, selection
+from piccolo_jax.evaluation import capture, examples, files, local_tasks, report, selection
 from piccolo_jax.evaluation.benchmarks import ALSO_2024, CMTEB_2025
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -582,6 +582,14 @@ def test_a_comparison_can_be_written(evaluated, compared, tmp_path, capsys):
     assert "comparison.json" not in compare(capsys, evaluated, compared, "--resamples=50")
 
 
+def test_a_name_in_chinese_is_drawn_without_a_word(evaluated, tmp_path):
+    entries = [entry | {"model": "机构/模型"} for entry in report.read(evaluated / report.FILE)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.figure(tmp_path / "report.png", entries, published=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+
+
 def test_tasks_of_other_data_are_left_out_of_a_comparison(evaluated, compared, tmp_path, capsys):
     shutil.copytree(compared, tmp_path / "other")
     path = tmp_path / "other" / "report.json"
@@ -607,6 +615,7 @@ def test_what_cannot_be_compared_is_an_error(evaluated, compared, tmp_path, caps
         ([evaluated, compared, "--dims=5"], "5 was not evaluated with all models; all have"),
         ([evaluated, compared, "--resamples=3"], "--resamples=3: must be 20 or more"),
         ([evaluated, compared, "--seed=-1"], "--seed=-1: must be 0 or greater"),
+        ([evaluated, compared, f"--output={__file__}"], "is a file; give a folder"),
     ):
         assert run_command(evaluate.main, "--compare", *arguments) == 2
         assert message in one_error(capsys)

@@ -119,6 +119,45 @@ def test_the_merge_loads_in_sentence_transformers_as_in_jax(models, tmp_path):
     assert run_command(verify.main, tmp_path / "out") == 0
 
 
+def as_no_export_is(directory):
+    """Normalize, no bias, a default prompt, and the Transformer in a folder of its own."""
+    modules = json.loads((directory / "modules.json").read_text("utf-8"))
+    (directory / "0_Transformer").mkdir()
+    for name in ("config.json", "model.safetensors", "sentence_bert_config.json",
+                 "tokenizer.json", "tokenizer_config.json", "vocab.txt"):  # fmt: skip
+        (directory / name).rename(directory / "0_Transformer" / name)
+    modules[0]["path"] = "0_Transformer"
+    kind = "sentence_transformers.models.Normalize"
+    modules.append({"idx": 3, "name": "3", "path": "3_Normalize", "type": kind})
+    (directory / "modules.json").write_text(json.dumps(modules))
+    path = directory / "2_Dense" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bias": False}))
+    path = directory / "2_Dense" / "model.safetensors"
+    save_file({"linear.weight": load_file(path)["linear.weight"]}, path)
+    path = directory / "config_sentence_transformers.json"
+    about = json.loads(path.read_text("utf-8")) | {"default_prompt_name": "query"}
+    path.write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+
+
+def test_directories_from_elsewhere_are_merged_in_their_own_layout(models, tmp_path, capsys):
+    for name, model in zip("AB", models, strict=False):
+        shutil.copytree(model, tmp_path / name)
+        as_no_export_is(tmp_path / name)
+    assert run(tmp_path / "out", tmp_path / "A", tmp_path / "B") == 0
+    assert "a Normalize module, a default prompt, its Transformer in a folder" in (
+        capsys.readouterr().err
+    )
+    assert load_file(tmp_path / "out" / "2_Dense" / "model.safetensors").keys() == {"linear.weight"}
+    assert (tmp_path / "out" / "0_Transformer" / "model.safetensors").exists()
+    assert run_command(verify.main, tmp_path / "out") == 0
+    assert "same vectors in sentence-transformers and JAX" in capsys.readouterr().out
+    shutil.copytree(models[0], tmp_path / "C")
+    assert run(tmp_path / "other", tmp_path / "A", tmp_path / "C") == 2
+    message = one_error(capsys)
+    assert "Normalize module: True in" in message
+    assert "default_prompt_name: 'query' in" in message
+
+
 def test_what_was_made_of_the_weights_of_an_input_is_not_copied(models, copied, tmp_path):
     (copied / "onnx").mkdir()
     (copied / "onnx" / "config.json").write_text("{}")

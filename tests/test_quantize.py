@@ -132,8 +132,11 @@ def test_recall_is_whole_where_there_is_nothing_to_leave_out(monkeypatch):
         (lambda x: Quantizer.fit(x, "int8").quantize(x[:, :8]), "of 8 dimensions: the calibration"),
         (lambda x: Quantizer.fit(x, "binary").quantize(x * np.nan), "hold NaN"),
         (lambda x: Quantizer.fit(x, "int8").scores(x[:, :8], x), "of 8 dimensions"),
+        (lambda x: Quantizer.fit(x, "int8").scores(x, x), r"float32 \[300, 20\]: must be int8 \["),
+        (lambda x: Quantizer.fit(x, "binary").scores(x, np.zeros((9, 2), np.uint8)),
+         r"uint8 \[9, 2\]: must be uint8 \[n, 3\]"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_quantised_is_an_error(call, message):
     with np.errstate(invalid="ignore"), pytest.raises(UserError, match=message):
         call(embeddings())

@@ -20,6 +20,7 @@ from piccolo_jax import build, sharding
 from piccolo_jax.config import MeshConfig
 from piccolo_jax.data import packing
 from piccolo_jax.data.tokenizer import Tokenizer
+from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import batches
 from piccolo_jax.models import pretrained
 from piccolo_jax.models.embedder import Embedder, embedder_rules, encode
@@ -169,6 +170,12 @@ def from_spec(
     most = spec.backbone.max_positions
     max_length = min(spec.max_seq_length or most, most)
     tokenizer = Tokenizer(spec.tokenizer, lower_case=spec.lower_case)
+    if tokenizer.hf.truncation_side != "right":
+        raise UserError(
+            f"{spec.tokenizer / 'tokenizer_config.json'}: truncation_side ="
+            f" {tokenizer.hf.truncation_side!r}: must be 'right': encode with sentence-transformers"
+            " instead"
+        )
     return Encoder(model, tokenizer, mesh, max_length), params
 
 

@@ -92,7 +92,7 @@ def _of_directory(path: str, mesh: MeshConfig) -> Model:
         name=_name(directory) if Path(path).is_dir() else path,  # else it is an id on the hub
         revision=fingerprint(directory)[:12],
         width=made.width,
-        dims=_dims(about.get("matryoshka_dims") or (), made.width),
+        dims=_dims([*_named_dims(about), about.get("truncate_dim") or made.width], made.width),
         prompts=_prompts(prompts),
         default_prompt=prompts.get(about.get("default_prompt_name") or "", ""),
         normalize=any(str(m.get("type")).endswith(".Normalize") for m in modules),
@@ -132,8 +132,14 @@ def _name(path: Path) -> str:
     return "/".join(["local", *parts][-2:])
 
 
+def _named_dims(about: dict[str, Any]) -> list[int]:
+    """The trained prefixes that a directory names; none if what it says is no list of numbers."""
+    named = about.get("matryoshka_dims")
+    return [dim for dim in named if isinstance(dim, int)] if isinstance(named, list) else []
+
+
 def _dims(named: Sequence[int], width: int) -> tuple[int, ...]:
-    return tuple(sorted({width, *(int(d) for d in named if 1 <= int(d) <= width)}, reverse=True))
+    return tuple(sorted({width, *(dim for dim in named if 1 <= dim <= width)}, reverse=True))
 
 
 def _prompts(own: dict[str, str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ Of mteb it needs nothing: results are those of `run.evaluate`.
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ FILE = "report.json"
 _SCHEMA = 1
 _PAIR_SCORES = {"max_accuracy": "max accuracy", "cosine_ap": "average precision"}
 _MOST_NAMED = 40
+# Fonts for names of models in Chinese, of which a machine may have some.
+_CHINESE = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC",
+    "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC", "Microsoft YaHei", "SimHei",
+)  # fmt: skip
 
 Entry = dict[str, Any]  # one model's: model, revision, experiment, dims, tasks
 
@@ -183,7 +189,19 @@ def read(path: Path) -> list[Entry]:
 
 def figure(path: Path, entries: Sequence[Entry], published: bool) -> None:
     """A PNG of quality against dimension: a panel for the mean and one per category."""
-    import matplotlib.figure  # slow to import, and only needed here
+    import matplotlib.font_manager  # slow to import, and only needed here
+
+    chinese = [name for name in _CHINESE if name in matplotlib.font_manager.get_font_names()]
+    fonts: Any = {"font.family": ["DejaVu Sans", *chinese]}
+    partial = path.with_name(f"{path.name}.partial")
+    with matplotlib.rc_context(fonts), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of signs that no font here has
+        _draw(entries, published).savefig(partial, format="png", dpi=120)
+    os.replace(partial, path)
+
+
+def _draw(entries: Sequence[Entry], published: bool) -> Any:
+    import matplotlib.figure
 
     panels: dict[str, list[tuple[str, dict[int, float], str]]] = {}
     for entry in entries:
@@ -222,9 +240,7 @@ def figure(path: Path, entries: Sequence[Entry], published: bool) -> None:
         place.set_visible(False)
     handles, names = axes[0].get_legend_handles_labels()
     made.legend(handles, names, loc="outside lower center", fontsize=8)
-    partial = path.with_name(f"{path.name}.partial")
-    made.savefig(partial, format="png", dpi=120)
-    os.replace(partial, path)
+    return made
 
 
 def _percent(value: float) -> str:

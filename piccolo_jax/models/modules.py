@@ -118,8 +118,8 @@ def read_pooling(folder: Path, hidden_size: int) -> str:
     modes = values.get("pooling_mode")
     if modes is None:
         modes = [mode for field, mode in _LEGACY_POOLINGS.items() if values.get(field)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) != 1 or modes[0] not in _POOLINGS:
+    modes = modes if isinstance(modes, list) else [modes]
+    if len(modes) != 1 or str(modes[0]) not in _POOLINGS:
         raise UserError(
             f"{path}: pooling mode {' + '.join(map(str, modes))}: must be one of"
             f" {', '.join(_POOLINGS)}: {_ELSE}"

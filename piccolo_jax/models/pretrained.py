@@ -39,6 +39,7 @@ class Pretrained:
     normalize: bool = False  # whether its last module normalises
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
     default_prompt: str | None = None  # name of the prompt of texts that are given none
+    truncate_dim: int | None = None  # prefix that embeddings are cut to unless told otherwise
     max_seq_length: int | None = None
     lower_case: bool = False  # whether texts are put in lower case before they are tokenised
     tokenizer: Path = Path()  # folder of the tokenizer
@@ -94,15 +95,16 @@ def read_spec(directory: Path) -> Pretrained:
     if "Normalize" in modules:
         modules_lib.check_normalize(modules["Normalize"])
         spec.normalize = True
-    spec.prompts, spec.default_prompt = _read_prompts(directory)
+    about_path = directory / "config_sentence_transformers.json"
+    about = read_json(about_path) if about_path.exists() else {}
+    spec.prompts, spec.default_prompt = _read_prompts(about_path, about)
+    spec.truncate_dim = _read_truncate_dim(about_path, about)
     spec.max_seq_length, spec.lower_case = modules_lib.read_transformer(folder)
     return spec
 
 
-def _read_prompts(directory: Path) -> tuple[dict[str, str], str | None]:
+def _read_prompts(path: Path, values: dict[str, Any]) -> tuple[dict[str, str], str | None]:
     """Prompts by name, and the name of that which texts get by default."""
-    path = directory / "config_sentence_transformers.json"
-    values = read_json(path) if path.exists() else {}
     kind = values.get("model_type") or "SentenceTransformer"
     if kind != "SentenceTransformer":
         raise UserError(f"{path}: model_type = {kind!r}: must be 'SentenceTransformer'")
@@ -118,6 +120,14 @@ def _read_prompts(directory: Path) -> tuple[dict[str, str], str | None]:
             f" ({', '.join(prompts) or 'there are none'})"
         )
     return {name: prompt or "" for name, prompt in prompts.items()}, default
+
+
+def _read_truncate_dim(path: Path, values: dict[str, Any]) -> int | None:
+    """The prefix that sentence-transformers 6 cuts to by default."""
+    dim = values.get("truncate_dim")
+    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 1):
+        raise UserError(f"{path}: truncate_dim = {dim!r}: must be null or an integer above 0")
+    return dim
 
 
 @dataclasses.dataclass(frozen=True)

@@ -232,6 +232,10 @@ def test_what_would_give_other_vectors_is_refused_by_name(backbone, rest, messag
         ("config_sentence_transformers.json", {"prompts": {"query": 3}}, "prompts = {'query': 3}"),
         ("config_sentence_transformers.json", {"default_prompt_name": "web"},
          "default_prompt_name = 'web': must be null or one of prompts"),
+        ("config_sentence_transformers.json", {"truncate_dim": 0}, "truncate_dim = 0: must be"),
+        ("tokenizer_config.json", {"truncation_side": "left"}, "truncation_side = 'left': must be"),
+        ("1_Pooling/config.json", {"pooling_mode": [["cls"]]}, "pooling mode ['cls']: must be one"),
+        ("1_Pooling/config.json", {"pooling_mode": 3}, "pooling mode 3: must be one of"),
         ("1_Pooling/config.json", {"embedding_dimension": 25}, "embedding_dimension = 25"),
         ("modules.json", [{"type": "custom_st.Transformer", "path": ""}],
          "module custom_st.Transformer: not supported"),
@@ -248,6 +252,14 @@ def test_what_a_directory_says_wrongly_is_named(backbone, file, values, message,
         Encoder.load(path)
     assert str(error.value).startswith(f"{path / file}: ")
     assert message in str(error.value)
+
+
+def test_the_prefix_that_a_directory_cuts_to_is_the_default(backbone, tmp_path):
+    path = save(tmp_path / "m", backbone, mean(), truncate_dim=7)
+    assert json.loads((path / "config_sentence_transformers.json").read_text())["truncate_dim"] == 7
+    assert Encoder.load(path).encode(TEXTS).shape == (len(TEXTS), 7)
+    assert Encoder.load(path).encode(TEXTS, dim=HIDDEN).shape == (len(TEXTS), HIDDEN)
+    assert_same_vectors(path)
 
 
 def test_a_tokenizer_without_a_limit_leaves_that_of_the_positions(backbone, tmp_path):
