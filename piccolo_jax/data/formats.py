@@ -175,15 +175,13 @@ def open_source(
     for place, row in usable:
         if served := layouts.served_tasks(row, layouts.LABELLED if names else layouts.LAYOUTS):
             chosen = _choose_task(path, place, row, served, task)
+            if not names:
+                _check_named(path, place, row, served[chosen])
             return Source(path, rows, chosen, served[chosen], lenient, names)
     for place, row in usable:
         if served := layouts.served_tasks(row, layouts.LABELLED):
             chosen = _choose_task(path, place, row, served, task)
-            if not labels.is_named(row[served[chosen].columns[1]]):
-                raise UserError(
-                    f"{place}: {served[chosen].columns[1]} is a number; name the labels in a file:"
-                    f" label_names=FILE in the DatasetConfig of {path!r}"
-                )
+            _check_named(path, place, row, served[chosen])
             return Source(path, rows, chosen, served[chosen], lenient)
     if not usable:
         raise UserError(f"{path}: holds no rows")
@@ -289,6 +287,16 @@ def _data_files(directory: Path) -> list[Path]:
         raise UserError(f"{directory}: holds {found}; name a directory with one kind of data file"
                         f" ({KNOWN_SUFFIXES}), or a single file")  # fmt: skip
     return next(iter(kinds.values()))
+
+
+def _check_named(path: str, place: str, row: Row, layout: Layout) -> None:
+    """Raises UserError for labels that are numbers, of which there are no names."""
+    field = layout.columns[1]
+    if field in ("label", "labels") and not labels.is_named(row[field]):
+        raise UserError(
+            f"{place}: {field} is a number; name the labels in a file: label_names=FILE in the"
+            f" DatasetConfig of {path!r}"
+        )
 
 
 def _choose_task(path: str, place: str, row: Row, served: dict[str, Layout], task: str) -> str:
