@@ -101,14 +101,18 @@ def _begin(file: Path) -> bytes:
         return b""
 
 
-def _open(file: Path) -> BinaryIO:
-    """A file's bytes, decompressed if they are compressed, whatever its name says."""
+def compression_of(file: Path) -> str | None:
+    """How a file is compressed, by its first bytes. Raises OSError."""
     with file.open("rb") as raw:
         magic = raw.read(4)
-    for begin, compression in _MAGIC.items():
-        if magic.startswith(begin):
-            stream = pa.CompressedInputStream(pa.OSFile(str(file)), compression)
-            return cast(BinaryIO, io.BufferedReader(stream, _BUFFER_BYTES))
+    return next((kind for begin, kind in _MAGIC.items() if magic.startswith(begin)), None)
+
+
+def _open(file: Path) -> BinaryIO:
+    """A file's bytes, decompressed if they are compressed, whatever its name says."""
+    if compression := compression_of(file):
+        stream = pa.CompressedInputStream(pa.OSFile(str(file)), compression)
+        return cast(BinaryIO, io.BufferedReader(stream, _BUFFER_BYTES))
     return file.open("rb", _BUFFER_BYTES)
 
 

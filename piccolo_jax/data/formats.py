@@ -41,7 +41,7 @@ from piccolo_jax.errors import UserError
 __all__ = [
     "ClassificationExample", "Example", "FileRows", "Placed", "Rejected", "RetrievalExample",
     "SimilarityExample", "Source", "digest_of", "expand_meta_list", "file_rows", "is_data_file",
-    "open_source",
+    "open_files", "open_source",
 ]  # fmt: skip
 
 _PEEKED_ROWS = 100  # the task is decided by the first of these whose columns fit a layout
@@ -165,7 +165,7 @@ def open_source(
         raise UserError(f"{path}: task = {task!r}: must be one of {', '.join(TASK_NAMES)}")
     names = labels.LabelNames(label_names, label_language) if label_names else None
     rows: RowReader = (
-        tfds_rows.open_rows(path, download) if tfds_rows.is_name(path) else _open_files(path)
+        tfds_rows.open_rows(path, download) if tfds_rows.is_name(path) else open_files(path)
     )
     peeked = list(itertools.islice(rows, _PEEKED_ROWS))
     usable = [(place, row) for place, row in peeked if not isinstance(row, NoRow)]
@@ -239,7 +239,8 @@ def expand_meta_list(path: str) -> list[tuple[str, float]] | None:
     return entries
 
 
-def _open_files(path: str) -> FileRows:
+def open_files(path: str) -> FileRows:
+    """The rows of a file or directory, whatever their columns. Raises UserError."""
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file or directory")
     files = tuple(_data_files(Path(path)) if os.path.isdir(path) else [Path(path)])
