@@ -167,6 +167,14 @@ def test_of_many_labels_the_most_and_least_frequent_are_shown(checked):
     assert "“天0”" in text
 
 
+def test_labels_that_are_too_many_to_name_count_in_the_balance(checked, monkeypatch):
+    monkeypatch.setattr(check, "_MOST_LABELS_NAMED", 1)
+    rows = [{"text": f"文{i}", "label": label} for i, label in enumerate("甲乙丙丙丙")]
+    c = checked(rows)
+    assert c.labels == {"甲": 1, "乙": 1}
+    assert "labels     3, from 1 to 3 rows each (1 : 3.0)" in report(c)
+
+
 def test_rejected_rows_are_listed_with_file_line_and_reason_and_broken_lines_among_them(
     checked, tmp_path
 ):
