@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--queries", required=True,
         help="a training file with queries and positives, or a BEIR folder")  # fmt: skip
     add("--corpus", default="",
-        help="JSON lines {id, title, text}, or a training file, whose passages it is; default: the"
+        help="rows {id, title, text}, or a training file, whose passages it is; default: the"
         " corpus.jsonl of the BEIR folder, or the passages of the queries' file")  # fmt: skip
     add("--output", type=Path, required=True, help="a .jsonl file to write")
     add("--split", default="train", help="of a BEIR folder; default: train")

@@ -27,13 +27,13 @@ from absl import flags
 from piccolo_jax import build, cli, metrics
 from piccolo_jax import config as config_lib
 from piccolo_jax.config import Config, DatasetConfig, MeshConfig
-from piccolo_jax.data import check_report, formats
+from piccolo_jax.data import check_report, formats, mixing
 from piccolo_jax.data.check import Checked, check_dataset
 from piccolo_jax.data.decontaminate import REPORT, Decontaminator
 from piccolo_jax.data.loader import Batches
 from piccolo_jax.data.mixing import Dataset
 from piccolo_jax.data.prepare import prepare_datasets
-from piccolo_jax.errors import UserError
+from piccolo_jax.errors import UnusableDatasetError, UserError
 from piccolo_jax.tasks import TASKS
 
 
@@ -133,20 +133,27 @@ def _check(config: Config, histogram: Path | None, overwrite: bool) -> None:
     decontaminator = Decontaminator(evaluated) if evaluated.paths else None
     all_checked, problems = [], []
     for dataset in config.data.datasets:
-        for one in _members(dataset):
+        try:
+            members = _members(dataset)
+        except UserError as error:
+            print(f"== {dataset.path}\nerror: {error}\n")
+            problems.append(str(error))
+            continue
+        for one in members:
             try:
                 checked = check_dataset(
                     one, config, parts.tokenizer, TASKS, decontaminator=decontaminator
                 )
             except UserError as error:
-                print(f"== {one.path}\nerror: {error}\n")
-                problems.append(str(error))
+                left_out = isinstance(error, UnusableDatasetError) and config.data.skip_unusable
+                print(f"== {one.path}\n{'left out' if left_out else 'error'}: {error}\n")
+                problems += [] if left_out else [str(error)]
                 continue
             all_checked.append(checked)
             print("\n".join(check_report.lines_of(checked)))
             if checked.dropped:
                 print(f"dropped    {checked.dropped} rows that occur in evaluation sets")
-            print(_batch(checked, config, parts.model.backbone.hidden_size) + "\n")
+            print(_batch(checked, one, config, parts.model.backbone.hidden_size) + "\n")
             damaged = [row for row in checked.collected.rejected.first if row.damaged]
             problems += [f"{row.place}: {row.reason}" for row in damaged]
     rows = [
@@ -174,12 +181,14 @@ def _members(dataset: DatasetConfig) -> list[DatasetConfig]:
     return [dataclasses.replace(dataset, path=path) for path, _ in listed]
 
 
-def _batch(checked: Checked, config: Config, hidden_size: int) -> str:
+def _batch(checked: Checked, dataset: DatasetConfig, config: Config, hidden_size: int) -> str:
     shards = _shards(config.mesh)
-    size = min(config.batch_size, checked.num_rows)
     # Planning reads lengths and no tokens.
-    planned = Dataset(cast(Any, checked), weight=1.0, batch_size=size)
+    planned = Dataset(cast(Any, checked), 1.0, dataset.max_rows, dataset.batch_size)
+    size = min(dataset.batch_size or config.batch_size, planned.rows)
     try:
+        mixing.check(config, planned)
+        planned = dataclasses.replace(planned, batch_size=size)
         batches = Batches(config, [planned], TASKS, hidden_size, shards, range(shards), quiet=True)
     except UserError as error:
         return f"batch      none: {error}"

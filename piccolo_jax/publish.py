@@ -1,7 +1,8 @@
 """Publishes training data as a versioned TFDS dataset, which configs name by `tfds:`.
 
     python -m piccolo_jax.publish --name=my_pairs --version=1.0.0 --data_dir=DIR --split=train=PATH
-        [--split=test=PATH ...] [--config=NAME] [--task=TASK] [--description=TEXT] [--notes=TEXT]
+        [--split=test=PATH ...] [--config=NAME] [--task=TASK] [--label_names=FILE]
+        [--label_language=NAME] [--description=TEXT] [--notes=TEXT]
 
 PATH is what DatasetConfig.path may be, but no meta list. Writes DIR/NAME[/CONFIG]/VERSION, to be
 read with TFDS_DATA_DIR=DIR and DatasetConfig("tfds:my_pairs:1.0.0:train"). A version that is there
@@ -41,6 +42,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data_dir", type=Path, required=True, help="folder of TFDS datasets")
     parser.add_argument("--split", action="append", required=True, help="NAME=PATH, repeatable")
     parser.add_argument("--task", default="", help="where the columns leave it open")
+    parser.add_argument("--label_names", default="", help="file that names label ids")
+    parser.add_argument("--label_language", default="", help="which of its names to publish")
     parser.add_argument("--description", default="", help="what the data are")
     parser.add_argument("--notes", default="", help="what is new in this version")
     args = parser.parse_args(argv[1:])
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{flag}={getattr(args, flag)}: must be {expected}")
     logging.set_verbosity(logging.ERROR)  # TFDS warns of what is as it should be
     rejected = RejectedRows()
-    splits = _open_splits(args.split, args.task)
+    splits = _open_splits(args)
     builder = _builder(args, splits, rejected)
     reference = f"tfds:{args.name}{'/' * bool(args.config)}{args.config}:{args.version}"
     try:
@@ -64,15 +67,17 @@ def main(argv: list[str]) -> None:
     print(f"to read it: TFDS_DATA_DIR={args.data_dir}")
 
 
-def _open_splits(values: list[str], task: str) -> dict[str, formats.Source]:
+def _open_splits(args: argparse.Namespace) -> dict[str, formats.Source]:
     splits: dict[str, formats.Source] = {}
-    for value in values:
+    for value in args.split:
         name, _, path = value.partition("=")
         if not path or not re.fullmatch(r"[A-Za-z_]\w*", name) or name in splits:
             raise UserError(f"--split={value}: must be NAME=PATH, each name once, as train=a.jsonl")
         if formats.expand_meta_list(path) is not None:
             raise UserError(f"--split={value}: is a meta list; publish each of its datasets")
-        splits[name] = formats.open_source(path, task)
+        splits[name] = formats.open_source(
+            path, args.task, label_names=args.label_names, label_language=args.label_language
+        )
     tasks = {source.task for source in splits.values()}
     if len(tasks) > 1:
         raise UserError(f"--split: are for different tasks ({', '.join(sorted(tasks))}); publish"

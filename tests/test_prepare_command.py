@@ -74,6 +74,25 @@ def test_check_plans_a_smaller_batch_or_says_why_there_is_none(run):
     assert "batch      none: config.train.micro_batches = 1000" in out
 
 
+def test_check_plans_the_batch_that_the_dataset_will_have(run):
+    own = ["--check", "--config.batch_size=5", "--config.data.datasets[0].batch_size=3"]
+    assert "batch      3 rows of data" in run({"a.jsonl": ROWS}, *own)
+    capped = ["--check", "--config.batch_size=5", "--config.data.datasets[0].max_rows=4"]
+    assert "batch      4 rows of data" in run({"a.jsonl": ROWS}, *capped)
+    assert "batch      none: dataset a.jsonl has only 1 usable" in run(
+        {"a.jsonl": ROWS[:1]}, "--check"
+    )
+
+
+def test_check_says_what_training_leaves_out_and_goes_on_after_a_broken_meta_list(run, capsys):
+    alike = [{"text": f"天气{i}", "label": "好"} for i in range(3)]
+    out = run({"a.jsonl": alike}, "--check", "--config.data.skip_unusable=True")
+    assert "left out: " in out
+    with pytest.raises(UserError, match=r"meta\.txt:1: "):
+        run({"meta.txt": ["?"], "b.jsonl": ROWS}, "--check")
+    assert "b.jsonl  retrieval" in capsys.readouterr().out
+
+
 def test_check_reads_each_dataset_of_a_meta_list(run, tmp_path):
     files = {"a.jsonl": ROWS, "b.jsonl": ROWS[:3], "meta.txt": ["a.jsonl 1", "b.jsonl 2"]}
     out = run(files, "--check", paths=["meta.txt"])

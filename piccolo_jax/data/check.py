@@ -22,7 +22,7 @@ from piccolo_jax.data.store import Columns, Ragged, TextColumn
 from piccolo_jax.data.texts import TextTable
 from piccolo_jax.data.tokenizer import Tokenizer
 
-_MOST_LABELS_NAMED = 10_000
+_MOST_LABELS_NAMED = 1_000_000  # whose texts are in memory
 _EXAMPLES_SHOWN = 3
 
 
@@ -57,7 +57,7 @@ class Checked:
     sides: tuple[Side, ...]
     problems: tuple[Problem, ...]
     labels: dict[str, int] | None  # of classification: rows by label text, most frequent first
-    num_labels: int
+    label_counts: np.ndarray  # rows of each label, of those without a name too
     scores: dict[float, int] | None  # of similarity: rows by score
     lengths: np.ndarray  # int32 [texts], tokens of each distinct text
     tokenised: int  # texts that differ as text (some become the same tokens)
@@ -124,11 +124,11 @@ def check_dataset(
     seconds = time.monotonic() - begin
     check_labels(source, collected)
     lengths, columns = texts.lengths, collected.columns
-    labels, num_labels = None, 0
+    labels, label_counts = None, np.zeros(0, np.int64)
     if source.task == "classification":
         own = columns["labels"].values[: columns["labels"].offsets[-1]]
         counts = np.bincount(own, minlength=len(lengths))
-        num_labels = int((counts > 0).sum())
+        label_counts = counts[counts > 0]
         order = np.argsort(-counts, kind="stable")
         named = (int(i) for i in order if int(i) in counter.label_names)
         labels = {counter.label_names[i]: int(counts[i]) for i in named}
@@ -144,7 +144,7 @@ def check_dataset(
         sides=tuple(_side(column, columns, lengths, counter, config) for column in task.columns),
         problems=(*_repeated(columns), *counter.problems, *_contradictions(source.task, columns)),
         labels=labels,
-        num_labels=num_labels,
+        label_counts=label_counts,
         scores=scores,
         lengths=lengths,
         tokenised=texts.tokenised,

@@ -119,18 +119,18 @@ def _problems(checked: Checked) -> list[str]:
 def _labels(checked: Checked) -> list[str]:
     if checked.labels is None:
         return []
-    counts = np.array(list(checked.labels.values()), np.float64)
+    counts = checked.label_counts.astype(np.float64)
     shares = counts / counts.sum()
     even = float(np.exp(-(shares * np.log(shares)).sum()))
     header = (
-        f"labels     {checked.num_labels:,}, from {counts.min():,.0f} to {counts.max():,.0f} rows"
+        f"labels     {len(counts):,}, from {counts.min():,.0f} to {counts.max():,.0f} rows"
         f" each (1 : {counts.max() / counts.min():,.1f}); as varied as {even:,.1f} even ones"
     )
     items = list(checked.labels.items())
     listed = items if len(items) <= _LISTED_LABELS else items[: _LISTED_LABELS - 3]
     lines = [f"{n:10,}  {n / counts.sum():6.1%}  {_shown(label)}" for label, n in listed]
     if len(listed) < len(items):
-        lines.append(f"{'':10}  … {checked.num_labels - len(listed) - 3:,} more …")
+        lines.append(f"{'':10}  … {len(counts) - len(listed) - 3:,} more …")
         rarest = items[-3:]
         lines += [f"{n:10,}  {n / counts.sum():6.1%}  {_shown(label)}" for label, n in rarest]
     return [header, *lines, ""]

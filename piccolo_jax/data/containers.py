@@ -61,7 +61,8 @@ _SNIFFED_BYTES = 2**16
 _BUFFER_BYTES = 2**18
 _ROWS_AT_ONCE = 1024  # of Arrow and Parquet, turned into Python objects
 _LONGEST_CELL = 2**24  # characters of a CSV cell; a quote that is never closed ends here
-_NUMBER_COLUMNS = ("score", "label")  # whose cells are numbers where they look like one
+_LABEL_COLUMNS = ("label", "labels")  # whose lists may be of whole numbers
+_NUMBER_COLUMNS = ("score", *_LABEL_COLUMNS)  # whose cells are numbers where they look like one
 _NO_NUMBER = re.compile(r"^\s*[+-]?0\d|_")  # though Python takes it for one: codes, such as 007
 _COLUMN_NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
@@ -100,14 +101,18 @@ def _begin(file: Path) -> bytes:
         return b""
 
 
-def _open(file: Path) -> BinaryIO:
-    """A file's bytes, decompressed if they are compressed, whatever its name says."""
+def compression_of(file: Path) -> str | None:
+    """How a file is compressed, by its first bytes. Raises OSError."""
     with file.open("rb") as raw:
         magic = raw.read(4)
-    for begin, compression in _MAGIC.items():
-        if magic.startswith(begin):
-            stream = pa.CompressedInputStream(pa.OSFile(str(file)), compression)
-            return cast(BinaryIO, io.BufferedReader(stream, _BUFFER_BYTES))
+    return next((kind for begin, kind in _MAGIC.items() if magic.startswith(begin)), None)
+
+
+def _open(file: Path) -> BinaryIO:
+    """A file's bytes, decompressed if they are compressed, whatever its name says."""
+    if compression := compression_of(file):
+        stream = pa.CompressedInputStream(pa.OSFile(str(file)), compression)
+        return cast(BinaryIO, io.BufferedReader(stream, _BUFFER_BYTES))
     return file.open("rb", _BUFFER_BYTES)
 
 
@@ -150,11 +155,11 @@ def _separated_rows(file: Path) -> Rows:
     """Of CSV and TSV with a header, which says by what cells are separated."""
     lines = _DecodedLines(file)
     try:
-        header = next(lines, "")
+        header = next((line for line in lines if line.strip()), "")
         separator = _separator(header)
         names = [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
         if len(set(names)) < len(names):
-            yield f"{file}:1", NoRow("the header names a column twice; the first line must name"
+            yield lines.place, NoRow("the header names a column twice; the first line must name"
                                      " the columns", damaged=True)  # fmt: skip
             return
         cells_of = _tab_separated if separator == "\t" else _comma_separated
@@ -225,7 +230,9 @@ def _tab_separated(
 
 
 def _cell(name: str, cell: str) -> Any:
-    """None for an empty cell, a list for a JSON list of texts, a number in `_NUMBER_COLUMNS`."""
+    """None for an empty cell, a list for a JSON list of texts (in `_LABEL_COLUMNS` also of whole
+    numbers), a number in `_NUMBER_COLUMNS`.
+    """
     if not cell:
         return None
     if name in _NUMBER_COLUMNS and not _NO_NUMBER.search(cell):
@@ -237,7 +244,8 @@ def _cell(name: str, cell: str) -> Any:
             members = json.loads(cell)
         except (ValueError, RecursionError):
             return cell
-        if all(isinstance(member, str) for member in members):
+        kinds = (str, int) if name in _LABEL_COLUMNS else (str,)
+        if all(isinstance(member, kinds) for member in members):
             return members
     return cell
 

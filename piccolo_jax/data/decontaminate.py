@@ -205,9 +205,8 @@ def _places(path: str) -> list[Path]:
             f"{path}: no such evaluation set; give a data file, a directory, or a pattern"
         )
     places = [place for one in found for place in (_below(one) if one.is_dir() else [one])]
-    for place in places:
-        if not place.is_dir() and not formats.is_data_file(place):
-            raise UserError(f"{place}: not a data file that can be an evaluation set")
+    for file in (one for one in found if not one.is_dir()):
+        formats.open_files(str(file))  # raises UserError for what is no data file
     if not places:
         raise UserError(f"{path}: holds no evaluation set (train splits are left out)")
     return places
@@ -231,7 +230,7 @@ def _below(directory: Path) -> list[Path]:
 
 
 def _is_beir(directory: Path) -> bool:
-    return (directory / "corpus.jsonl").exists() or (directory / "queries.jsonl").exists()
+    return (directory / "corpus.jsonl").exists() or any(directory.glob("queries.*jsonl"))
 
 
 def _queries(directory: Path) -> list[Path]:

@@ -41,7 +41,7 @@ from piccolo_jax.errors import UserError
 __all__ = [
     "ClassificationExample", "Example", "FileRows", "Placed", "Rejected", "RetrievalExample",
     "SimilarityExample", "Source", "digest_of", "expand_meta_list", "file_rows", "is_data_file",
-    "open_source",
+    "open_files", "open_source",
 ]  # fmt: skip
 
 _PEEKED_ROWS = 100  # the task is decided by the first of these whose columns fit a layout
@@ -165,7 +165,7 @@ def open_source(
         raise UserError(f"{path}: task = {task!r}: must be one of {', '.join(TASK_NAMES)}")
     names = labels.LabelNames(label_names, label_language) if label_names else None
     rows: RowReader = (
-        tfds_rows.open_rows(path, download) if tfds_rows.is_name(path) else _open_files(path)
+        tfds_rows.open_rows(path, download) if tfds_rows.is_name(path) else open_files(path)
     )
     peeked = list(itertools.islice(rows, _PEEKED_ROWS))
     usable = [(place, row) for place, row in peeked if not isinstance(row, NoRow)]
@@ -175,15 +175,13 @@ def open_source(
     for place, row in usable:
         if served := layouts.served_tasks(row, layouts.LABELLED if names else layouts.LAYOUTS):
             chosen = _choose_task(path, place, row, served, task)
+            if not names:
+                _check_named(path, place, row, served[chosen])
             return Source(path, rows, chosen, served[chosen], lenient, names)
     for place, row in usable:
         if served := layouts.served_tasks(row, layouts.LABELLED):
             chosen = _choose_task(path, place, row, served, task)
-            if not labels.is_named(row[served[chosen].columns[1]]):
-                raise UserError(
-                    f"{place}: {served[chosen].columns[1]} is a number; name the labels in a file:"
-                    f" label_names=FILE in the DatasetConfig of {path!r}"
-                )
+            _check_named(path, place, row, served[chosen])
             return Source(path, rows, chosen, served[chosen], lenient)
     if not usable:
         raise UserError(f"{path}: holds no rows")
@@ -241,7 +239,8 @@ def expand_meta_list(path: str) -> list[tuple[str, float]] | None:
     return entries
 
 
-def _open_files(path: str) -> FileRows:
+def open_files(path: str) -> FileRows:
+    """The rows of a file or directory, whatever their columns. Raises UserError."""
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file or directory")
     files = tuple(_data_files(Path(path)) if os.path.isdir(path) else [Path(path)])
@@ -289,6 +288,16 @@ def _data_files(directory: Path) -> list[Path]:
         raise UserError(f"{directory}: holds {found}; name a directory with one kind of data file"
                         f" ({KNOWN_SUFFIXES}), or a single file")  # fmt: skip
     return next(iter(kinds.values()))
+
+
+def _check_named(path: str, place: str, row: Row, layout: Layout) -> None:
+    """Raises UserError for labels that are numbers, of which there are no names."""
+    field = layout.columns[1]
+    if field in ("label", "labels") and not labels.is_named(row[field]):
+        raise UserError(
+            f"{place}: {field} is a number; name the labels in a file: label_names=FILE in the"
+            f" DatasetConfig of {path!r}"
+        )
 
 
 def _choose_task(path: str, place: str, row: Row, served: dict[str, Layout], task: str) -> str:

@@ -120,9 +120,9 @@ def own_labels(value: Any, field: str, names: LabelNames | None) -> tuple[str, .
 
 
 def is_named(value: Any) -> bool:
-    """Whether labels of this kind are texts themselves and need no names: strings."""
+    """Whether labels of this kind are texts themselves and need no names: no numbers."""
     values = value if isinstance(value, list) else [value]
-    return all(isinstance(item, str) for item in values)
+    return not any(isinstance(item, int | float) for item in values)
 
 
 def _text(value: Any, field: str, names: LabelNames | None) -> str:

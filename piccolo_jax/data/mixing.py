@@ -71,7 +71,7 @@ def usable(config: Config, mixture: Sequence[Dataset]) -> tuple[list[Dataset], l
     kept, notes, smaller = [], [], 0
     for dataset in mixture:
         try:
-            _check(config, dataset)
+            check(config, dataset)
         except UnusableDatasetError as error:
             if not config.data.skip_unusable:
                 raise
@@ -97,7 +97,7 @@ def usable(config: Config, mixture: Sequence[Dataset]) -> tuple[list[Dataset], l
     return kept, notes
 
 
-def _check(config: Config, dataset: Dataset) -> None:
+def check(config: Config, dataset: Dataset) -> None:
     """Raises UnusableDatasetError if no step on the dataset could teach anything."""
     name, rows = dataset.store.name, dataset.rows
     if rows < dataset.batch_size:

@@ -4,6 +4,7 @@ A prepared dataset is named by a fingerprint of everything it depends on, writte
 place and renamed when complete, so one that is stale or half-written is never read.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -12,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def prepare_datasets(
             else:
                 stores.append((store, repeats))
         prepared.append((dataset, stores))
+    _tell_apart([store for _, stores in prepared for store, _ in stores])
     return mixing.share_out(config, prepared)
 
 
@@ -120,6 +122,14 @@ def _prepare(
                 " room, or name another folder in config.data.prepared_dir"
             ) from None
     return Store(directory)
+
+
+def _tell_apart(stores: Sequence[Store]) -> None:
+    """Gives datasets of equal names their place among all as a suffix, as `train.jsonl[2]`."""
+    names = collections.Counter(store.name for store in stores)
+    for i, store in enumerate(stores):
+        if names[store.name] > 1:
+            store.name += f"[{i}]"
 
 
 def name_of(path: str) -> str:

@@ -3,6 +3,7 @@
 What was not measured or given is absent.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,13 +169,19 @@ def _data(record: Record) -> Iterator[str]:
         "rows": lambda name: known.get(name, {}).get("used", ""),
         "steps": lambda name: known.get(name, {}).get("steps", ""),
         "epochs": lambda name: known.get(name, {}).get("epochs", ""),
-        "licence": lambda name: record.licenses.get(name, ""),
+        "licence": lambda name: _licence(record, name),
     }
     rows = [[value(name) for value in columns.values()] for name in names]
     used = [i for i in range(len(columns)) if any(row[i] != "" for row in rows)]
     yield from ("## Training data", "")
     header = list(columns)
     yield from _table([header[i] for i in used], [[row[i] for i in used] for row in rows])
+
+
+def _licence(record: Record, dataset: str) -> str:
+    """Of a dataset of the mixture; `[2]` behind its name tells it from others of that name."""
+    known = record.licenses
+    return known.get(dataset) or known.get(re.sub(r"\[\d+\]$", "", dataset), "")
 
 
 def _recipe(record: Record) -> Iterator[str]:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from piccolo_jax.data import formats
+from piccolo_jax.data.containers import NoRow, compression_of
 from piccolo_jax.data.overlap import normalise
 from piccolo_jax.errors import UserError
 
@@ -67,45 +69,49 @@ def of_texts(texts: Iterable[str], source: str) -> Corpus:
 
 
 def read(path: Path, wanted: collections.abc.Container[str] = (), progress: bool = True) -> Corpus:
-    """The corpus of a JSONL file with rows `{id, title, text}` or `{text}`.
+    """The corpus of a file or directory with rows `{id, title, text}` or `{text}`.
 
-    Only where lines begin is kept in memory, and 28 bytes a passage. `wanted`: the ids for `index`
-    (`id` or `_id`). Passages without text, or with what is no text, are left out. Raises UserError
-    for broken lines, ids that occur twice, and a file without passages.
+    Of JSON lines only where they begin is kept in memory, 28 bytes a passage; of other kinds of
+    files, and compressed ones, the texts. `wanted`: the ids for `index` (`id` or `_id`). Passages
+    without text, or with what is no text, are left out. Raises UserError for broken lines, ids that
+    occur twice, and a file without passages.
     """
+    texts: list[str] = []
     offsets, lengths = array("q"), array("i")
     exact, normal = array("Q"), array("Q")
     index: dict[str, int] = {}
     unusable: list[str] = []
-    with _bar(path, progress) as bar:
-        for number, (offset, line) in enumerate(_lines(path), 1):
-            bar.update(len(line))
-            if not line.strip():
-                continue
-            row = _row(line, f"{path}:{number}")
-            name = row.get("id", row.get("_id"))
-            name = str(name) if isinstance(name, int) else name
-            if name is not None and not isinstance(name, str):
-                raise UserError(f"{path}:{number}: the id must be a text or a whole number")
-            try:
-                text = _passage(row)
-            except ValueError as reason:
-                unusable.append(f"{path}:{number}: {reason}")
-                continue
-            if name is not None and name in wanted:
-                if name in index:
-                    raise UserError(f"{path}:{number}: id {name!r} occurs twice; ids must differ")
-                index[name] = len(offsets)
+    stays = _is_plain_jsonl(path)
+    for place, offset, row in _rows_on_disk(path, progress) if stays else _rows(path, progress):
+        if isinstance(row, NoRow):
+            unusable.append(f"{place}: {row.reason}")
+            continue
+        name = row.get("id", row.get("_id"))
+        name = str(name) if isinstance(name, int) else name
+        if name is not None and not isinstance(name, str):
+            raise UserError(f"{place}: the id must be a text or a whole number")
+        try:
+            text = _passage(row)
+        except ValueError as reason:
+            unusable.append(f"{place}: {reason}")
+            continue
+        if name is not None and name in wanted:
+            if name in index:
+                raise UserError(f"{place}: id {name!r} occurs twice; ids must differ")
+            index[name] = len(lengths)
+        if stays:
             offsets.append(offset)
-            lengths.append(len(text))
-            exact.append(digest(text))
-            normal.append(digest(normalise(text)))
-    if not offsets:
+        else:
+            texts.append(text)
+        lengths.append(len(text))
+        exact.append(digest(text))
+        normal.append(digest(normalise(text)))
+    if not lengths:
         first = f"; the first: {unusable[0]}" if unusable else ""
         raise UserError(f"{path}: holds no passages, rows {{id, title, text}} or {{text}}{first}")
     return Corpus(
         str(path),
-        _FileTexts(path, np.frombuffer(offsets, np.int64)),
+        _FileTexts(path, np.frombuffer(offsets, np.int64)) if stays else texts,
         np.frombuffer(lengths, np.int32),
         np.frombuffer(exact, np.uint64),
         np.frombuffer(normal, np.uint64),
@@ -132,6 +138,36 @@ class _FileTexts(Sequence[str]):
             return _passage(_row(self._file.readline(), str(self._path)))
         except ValueError:
             raise UserError(f"{self._path}: was changed while it was read") from None
+
+
+_Placed = Iterator[tuple[str, int, dict[str, Any] | NoRow]]  # (place, where it begins, row)
+
+
+def _is_plain_jsonl(path: Path) -> bool:
+    """Whether lines can be found again by where they begin."""
+    is_jsonl = path.suffix.lower() in (".jsonl", ".json", ".ndjson")
+    try:
+        return is_jsonl and path.is_file() and not compression_of(path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+
+
+def _rows_on_disk(path: Path, progress: bool) -> _Placed:
+    with _bar(path, progress) as bar:
+        for number, (offset, line) in enumerate(_lines(path), 1):
+            bar.update(len(line))
+            if line.strip():
+                place = f"{path}:{number}"
+                yield place, offset, _row(line, place)
+
+
+def _rows(path: Path, progress: bool) -> _Placed:
+    rows = formats.open_files(str(path))
+    doing = f"reading {path.name}"
+    for place, row in tqdm.tqdm(rows, doing, unit=" rows", leave=False, disable=not progress):
+        if isinstance(row, NoRow) and row.damaged:
+            raise UserError(f"{place}: {row.reason}")
+        yield place, 0, row
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -10,7 +10,7 @@ from piccolo_jax.mining import corpus as corpus_lib
 from piccolo_jax.mining.corpus import Corpus
 
 # Columns that tell a training file from a corpus.
-_TRAINING_COLUMNS = ("text_pos", "pos", "positive", "positive_passages")
+_TRAINING_COLUMNS = ("text_pos", "pos", "positive", "positives", "positive_passages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +69,11 @@ def _read_corpus(path: Path, wanted: set[str] | tuple[()], progress: bool) -> Co
         path = path / "corpus.jsonl"
     if not path.exists():
         raise UserError(f"--corpus={path}: no such file")
-    if path.is_dir() or path.suffix not in (".jsonl", ".json") or _is_training(path):
+    rows = (row for _, row in formats.open_files(str(path)) if isinstance(row, dict))
+    first = next(rows, {})
+    if any(name in first for name in _TRAINING_COLUMNS):
         return corpus_lib.of_texts(_read_training(str(path))[1], str(path))
     return corpus_lib.read(path, wanted, progress)
-
-
-def _is_training(path: Path) -> bool:
-    with path.open("rb") as file:
-        line = file.readline()
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and any(name in row for name in _TRAINING_COLUMNS)
 
 
 def _read_beir(folder: Path, corpus_path: Path, split: str, progress: bool) -> Inputs:

@@ -121,12 +121,12 @@ def test_rows_with_the_same_texts_are_duplicates_in_any_order_of_lists(checked):
 
 def test_similarity_rows_with_equal_texts_and_contradicting_scores(checked):
     rows = [("a", "b", 1), ("b", "a", 0), ("a", "b", 1), ("c", "c", 2), ("c", "d", 2),
-            ("d", "c", 2.5), ("d", "c", 3), ("e", "f", 1)]  # fmt: skip
+            ("d", "c", 2.5), ("f", "e", 3), ("e", "f", 1)]  # fmt: skip
     c = checked([{"sentence1": a, "sentence2": b, "score": s} for a, b, s in rows])
     assert problems(c) == {
         "the same as an earlier row": 1,
         "both texts are the same": 1,
-        "the same texts with contradicting scores": 2,
+        "the same texts with contradicting scores": 3,
     }
     assert c.scores == {0.0: 1, 1.0: 3, 2.0: 2, 2.5: 1, 3.0: 1}
     assert "scores     5 different, from 0 to 3, mean 1.56" in report(c)
@@ -165,6 +165,14 @@ def test_of_many_labels_the_most_and_least_frequent_are_shown(checked):
     assert "“天12”" not in text
     assert "… 10 more …" in text
     assert "“天0”" in text
+
+
+def test_labels_that_are_too_many_to_name_count_in_the_balance(checked, monkeypatch):
+    monkeypatch.setattr(check, "_MOST_LABELS_NAMED", 1)
+    rows = [{"text": f"文{i}", "label": label} for i, label in enumerate("甲乙丙丙丙")]
+    c = checked(rows)
+    assert c.labels == {"甲": 1, "乙": 1}
+    assert "labels     3, from 1 to 3 rows each (1 : 3.0)" in report(c)
 
 
 def test_rejected_rows_are_listed_with_file_line_and_reason_and_broken_lines_among_them(

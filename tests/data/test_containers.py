@@ -166,6 +166,21 @@ def test_lists_of_negatives_are_read_from_csv(tmp_path):
     assert list(open_source(path)) == [RetrievalExample("q", ("p",), ("n1", "n2"))]
 
 
+def test_lists_of_label_ids_are_read_from_csv(tmp_path):
+    names = write(tmp_path / "names.json", '["zero", "one", "two"]')
+    path = write(tmp_path / "a.csv", 'text,labels\na,"[1, 2]"\nb,0\nc,"[""2""]"\nd,[1.5]\n')
+    *examples, rejected = open_source(path, label_names=names)
+    assert [example.labels for example in examples] == [("one", "two"), ("zero",), ("two",)]
+    assert rejected.reason == f"labels '[1.5]' is not in {names}"
+
+
+def test_blank_lines_before_the_header_are_skipped(tmp_path):
+    path = write(tmp_path / "a.csv", "\ufeff\n\r\nquery,pos\na,b\nc\n")
+    first, second = open_source(path)
+    assert first == RetrievalExample("a", ("b",), ())
+    assert second.place == f"{path}:5"
+
+
 def test_a_score_that_is_no_number_is_rejected(tmp_path):
     path = write(tmp_path / "a.csv", "sentence1,sentence2,score\na,b,1\na,b,high\na,b,\n")
     assert [r.reason for r in list(open_source(path))[1:]] == [

@@ -189,6 +189,15 @@ def test_of_a_beir_directory_the_queries_of_all_splits_but_train_count(dropped, 
     assert lines_of(dropped(rows, folder, task="retrieval", passages="corpus")) == [2, 3, 4, 5]
     assert lines_of(dropped(rows, folder / "queries.train.jsonl", task="retrieval")) == [1]
     assert lines_of(dropped(rows, folder / "corpus.jsonl", task="retrieval")) == [4, 5]
+    (folder / "corpus.jsonl").unlink()  # its queries are what counts
+    write(folder / "qrels.test.tsv", ["query-id\tcorpus-id\tscore", "test\td\t1"])
+    assert lines_of(dropped(rows, folder, task="retrieval")) == [2, 3]
+
+
+def test_a_file_that_is_named_is_known_by_its_content_too(dropped, tmp_path):
+    dev = write(tmp_path / "dev_set", [{"text": "甲"}])
+    assert lines_of(dropped([{"query": "甲", "pos": ["乙"]}, {"query": "丙", "pos": ["丁"]}],
+                            dev, task="retrieval")) == [1]  # fmt: skip
 
 
 def test_of_queries_of_all_splits_those_judged_beside_train_count(dropped, tmp_path):

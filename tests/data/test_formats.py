@@ -101,11 +101,11 @@ def test_a_file_of_names_is_used_in_place_of_listed_label_texts(labelled):
 
 
 def test_numbers_without_a_file_of_names_are_an_error_that_names_it(labelled):
-    for label in (3, [3], 0.5):
+    for column, label in (("label", 3), ("label", [3]), ("label", 0.5), ("labels", [3, 4])):
         with pytest.raises(
-            UserError, match=r"labelled\.jsonl:1: label is a number; .*label_names="
+            UserError, match=rf"labelled\.jsonl:1: {column} is a number; .*label_names="
         ):
-            labelled({"text": "a", "label": label})
+            labelled({"text": "a", column: label})
 
 
 def test_rows_with_a_label_that_cannot_be_used_are_rejected(labelled):

@@ -106,6 +106,13 @@ def test_a_batch_size_of_its_own_and_a_cap():
         mixing.usable(config(), [Dataset(store(50), 1.0, max_rows=20, batch_size=21)])
 
 
+def test_as_many_rows_as_a_batch_or_the_least_one_are_enough():
+    mixture = [Dataset(store(2), 1.0), Dataset(store(8), 1.0), Dataset(store(9), 1.0, 0, 9)]
+    kept, notes = mixing.usable(config(), mixture)
+    assert [d.batch_size for d in kept] == [2, 8, 9]
+    assert [note.split(",")[0] for note in notes] == ["a: 2 rows"]
+
+
 def unusable():
     return {
         "fewer than config.data.min_batch_size = 2": Dataset(store(1, "bad"), 1.0),

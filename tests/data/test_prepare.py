@@ -367,6 +367,7 @@ def test_a_copy_elsewhere_and_another_dataset_of_the_same_path_share_the_folder(
     config.data.datasets = tuple(DatasetConfig(p, weight=2.0) for p in [*paths, paths[0]])
     datasets = prepare_datasets(config, tokenizer, TASKS, tmp_path / "prepared")
     assert [d.weight for d in datasets] == [2, 2, 2]
+    assert [d.store.name for d in datasets] == ["a.jsonl[0]", "a.jsonl[1]", "a.jsonl[2]"]
     assert len(folders(tmp_path)) == 1
 
 

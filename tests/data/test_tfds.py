@@ -87,6 +87,15 @@ def test_rows_that_cannot_be_used_are_named_and_not_published(tmp_path, data_dir
     assert not [x for x in open_source("tfds:my_pairs:train") if isinstance(x, Rejected)]
 
 
+def test_label_ids_are_published_as_their_names(tmp_path, data_dir):
+    names = tmp_path / "names.json"
+    names.write_text('{"0": {"zh": "体育"}, "7": {"zh": "财经"}}', "utf-8")
+    rows = [{"text": "a", "label": [7, 0]}, {"text": "b", "label": 0}]
+    publish_rows(tmp_path, rows, f"--label_names={names}", "--label_language=zh")
+    examples = list(open_source("tfds:my_pairs:1.0.0:train"))
+    assert [example.labels for example in examples] == [("财经", "体育"), ("体育",)]
+
+
 def test_a_version_that_is_there_is_never_changed(tmp_path, data_dir):
     publish_rows(tmp_path, RETRIEVAL)
     files = {p: p.read_bytes() for p in data_dir.rglob("*") if p.is_file()}

@@ -110,6 +110,12 @@ def test_licences_can_be_given_later(workdir):
     assert config_lib.diff(config(), c) == []
 
 
+def test_datasets_of_equal_names_have_that_name_s_licence():
+    known = Record(config(), licenses={"a.jsonl": "CC0", "b[1]": "MIT"})
+    names = ("a.jsonl", "a.jsonl[12]", "b[1]", "b", "c[0]")
+    assert [card._licence(known, name) for name in names] == ["CC0", "CC0", "MIT", "", ""]
+
+
 def test_a_meta_list_s_licence_is_that_of_its_datasets(workdir):
     for name in ("one", "two"):
         (workdir / name).mkdir()

@@ -1,6 +1,9 @@
+import gzip
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from piccolo_jax.data.overlap import normalise
@@ -96,3 +99,22 @@ def test_the_fingerprint_tells_texts_and_their_order():
     prints = [corpus_lib.of_texts(t, "x").fingerprint() for t in (["a", "b"], ["b", "a"], ["a"])]
     assert len(set(prints)) == 3
     assert prints[0] == corpus_lib.of_texts(["a", "b"], "y").fingerprint()
+
+
+def test_a_corpus_may_be_any_kind_of_file_or_a_folder_of_them(tmp_path):
+    rows = [{"_id": 1, "title": "题", "text": "文"}, {"_id": 2, "title": None, "text": ""},
+            {"_id": 3, "title": "", "text": "字"}]  # fmt: skip
+    plain = write(tmp_path / "plain.jsonl", *rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "named.jsonl").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "a.csv").write_text("_id,title,text\n1,题,文\n2,,\n3,,字\n4\n", "utf-8")
+    (tmp_path / "parts").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "parts" / "a.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "parts" / "b.parquet")
+    expected = corpus_lib.read(plain, {"3"})
+    for name in ("a.jsonl.gz", "named.jsonl", "a.csv", "parts"):
+        corpus = corpus_lib.read(tmp_path / name, {"3"}, progress=False)
+        assert list(corpus.texts) == list(expected.texts) == ["题 文", "字"]
+        assert corpus.fingerprint() == expected.fingerprint()
+        assert corpus.index == {"3": 1}
+        assert len(corpus.unusable) == (2 if name == "a.csv" else 1)

@@ -58,6 +58,8 @@ def test_a_corpus_may_be_a_corpus_or_another_training_file(tmp_path):
     queries = write(tmp_path / "train.jsonl", {"query": "问", "pos": ["甲"], "neg": ["乙"]})
     corpus = write(tmp_path / "corpus.jsonl", {"id": "1", "title": "题", "text": "文"})
     assert list(read(queries, corpus).corpus.texts) == ["题 文"]
+    published = write(tmp_path / "own.jsonl", {"query": "问", "positives": ["丙"], "negatives": []})
+    assert list(read(queries, published).corpus.texts) == ["丙"]
     other = write(tmp_path / "more.jsonl", {"query": "x", "pos": ["丙"], "neg": ["丁", "丙"]})
     assert list(read(queries, other).corpus.texts) == ["丙", "丁"]
     with pytest.raises(UserError, match="no such file"):

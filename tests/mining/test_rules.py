@@ -56,6 +56,8 @@ def test_a_limit_itself_is_too_high_and_a_negative_positive_is_no_excuse():
     limits = Limits(max_positive_ratio=0.9)
     scores, half = np.float32([0.45, 0.4499]), np.float32(0.5)
     assert limits.reasons(scores, half)[0].tolist() == [True, False]
+    margin = Limits(margin=0.25).reasons(np.float32([0.25, 0.2499]), half)
+    assert margin[1].tolist() == [True, False]
     scores, below = np.float32([-0.5, -0.56]), np.float32(-0.5)
     assert limits.reasons(scores, below)[0].tolist() == [True, False]
 

@@ -78,7 +78,7 @@ def test_texts_in_another_language_are_dropped(language, fields, dropped):
 
 def test_the_share_of_a_language_can_be_set():
     mixed = row(positive=han(1, 30) + " " + english(1, 10))
-    assert rules([mixed], language_share=0.7) == [None]
+    assert rules([mixed], language_share=0.75) == [None]  # the share itself
     assert rules([mixed], language_share=0.8) == ["language"]
 
 
@@ -102,6 +102,7 @@ def test_a_document_that_repeats_the_query_is_dropped(side):
     document = "“光合作用是什么”这个问题，" + han(1, 40)
     assert rules([row(query=query, **{side: document})]) == ["leak"]
     assert rules([row(query=query, **{side: document})], leak_length=8) == [None]
+    assert rules([row(query=query, **{side: document})], leak_length=7) == ["leak"]
     assert rules([row(query="光合", **{side: document})]) == [None]
 
 
