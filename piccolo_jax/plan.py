@@ -143,7 +143,8 @@ def _advice(
         f"does not fit: {plan.task} needs {_gib(plan.hbm_used)} GiB per chip, of which arguments"
         f" {_gib(plan.hbm_arguments)}; a chip has {_gib(chip.hbm)}"
     )
-    mesh, tried_too = sharding.make_mesh(config.mesh, devices), []
+    tried_too: list[str] = []
+    mesh = sharding.make_mesh(config.mesh, devices)
     rows = plan.rows // sharding.batch_shards_of(mesh)
     for change in _changes(config, mesh, rows):
         changed = copy.deepcopy(config)
