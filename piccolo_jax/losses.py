@@ -104,7 +104,8 @@ def info_nce(
             jnp.minimum(n, 1.0) for n in (occurrences, query_occurrences)
         )
     else:
-        times_own = occurrences[positive] + ~allowed
+        # 1 where it isn't kept: of log(0) the gradient is NaN, though nothing else depends on it.
+        times_own = jnp.where(positive_keep, occurrences[positive] + ~allowed, 1)
 
     vectors = contrastive.take(embeddings, jnp.concatenate([query[:, None], positive], axis=1))
     queries, positives = vectors[:, 0], vectors[:, 1:]

@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
         datasets = _datasets(config, tokenizer, root, values, notes)
         plans = plan_steps(config, model, chip, devices, datasets)
         notes += _advice(plans, config, model, chip, devices, datasets)
+    fits = all(plan.fits for plan in plans)
+    seconds = sum(plan.seconds * plan.steps for plan in plans)
     result = {
         "topology": name,
         "chips": len(devices),
@@ -61,14 +63,14 @@ def main(argv: list[str]) -> int:
         "peak_per_chip": chip.peak,
         "steps": [dataclasses.asdict(plan) for plan in plans],
         "total_steps": config.total_steps,
-        "hours": sum(plan.seconds * plan.steps for plan in plans) / 3600,
-        "fits": all(plan.fits for plan in plans),
+        "hours": seconds / 3600 if fits else None,
+        "fits": fits,
         "notes": notes,
         "executed": False,
     }
     as_json = bool(values["json"].value)
     print(json.dumps(result, indent=2) if as_json else _report(result, plans, chip))
-    return 0 if result["fits"] else 2
+    return 0 if fits else 2
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -103,7 +105,8 @@ def _datasets(
             return list(prepare_datasets(config, tokenizer, TASKS, root))
         except UserError as error:
             reason = str(error)
-    query, text = query or config.data.query_max_length, text or config.data.max_length
+    most = config.data.query_max_length, config.data.max_length
+    query, text = (min(n or m, m) for n, m in zip((query, text), most, strict=True))
     notes.append(
         f"data: assumed, since {reason}: equally many steps of each task, all texts distinct,"
         f" queries of {query} and other texts of {text} tokens"
@@ -126,6 +129,12 @@ def _advice(
         for plan in plans
         if plan.compile_warnings
     ]
+    lines += [
+        f"{plan.task}: the program doesn't show how often {plan.unknown_loops} of its loops run:"
+        " each is counted once, so the step takes longer than is said"
+        for plan in plans
+        if plan.unknown_loops
+    ]
     if all(plan.fits for plan in plans):
         return lines
     worst = max(range(len(plans)), key=lambda i: (not plans[i].fits, plans[i].hbm_used))
@@ -134,7 +143,10 @@ def _advice(
         f"does not fit: {plan.task} needs {_gib(plan.hbm_used)} GiB per chip, of which arguments"
         f" {_gib(plan.hbm_arguments)}; a chip has {_gib(chip.hbm)}"
     )
-    for change in _changes(config, len(devices)):
+    tried_too: list[str] = []
+    mesh = sharding.make_mesh(config.mesh, devices)
+    rows = plan.rows // sharding.batch_shards_of(mesh)
+    for change in _changes(config, mesh, rows):
         changed = copy.deepcopy(config)
         for field, value in change.items():
             section, _, name = field.rpartition(".")
@@ -151,30 +163,31 @@ def _advice(
                 f" {tried.seconds:.3f} s a step"
             )
             return lines
-    lines.append(
-        "neither more micro-batches, fsdp over all chips nor a quarter of the batch fits: take a"
-        " larger slice, chips with more memory, or a smaller model"
-    )
+        tried_too.append(f"{flags_of_change}: {_gib(tried.hbm_used)} GiB")
+    lines += [f"does not fit either (compiled): {change}" for change in tried_too]
+    lines.append("take a larger slice, chips with more memory, or a smaller model or batch")
     return lines
 
 
-def _changes(config: Config, chips: int) -> Iterator[dict[str, Any]]:
-    """Changes of a config that need less memory, the mildest first."""
+def _changes(config: Config, mesh: jax.sharding.Mesh, rows: int) -> Iterator[dict[str, Any]]:
+    """Changes of a config that need less memory, the mildest first; `rows` of a device."""
     chunks = config.train.micro_batches
-    split = {"mesh.data": 1, "mesh.fsdp": chips // max(config.mesh.tensor, 1)}
-    for factor in (4, 16):
-        yield {"train.micro_batches": chunks * factor}
-    for factor in (4, 16):
-        yield {**split, "train.micro_batches": chunks * factor}
-    smaller = max(config.batch_size // 4, 1)
-    yield {**split, "train.micro_batches": chunks * 4, "batch_size": smaller}
+    more = sorted({min(chunks * factor, max(rows, chunks)) for factor in (4, 16)})
+    split = {"mesh.data": 1, "mesh.fsdp": sharding.batch_shards_of(mesh)}
+    for number in more:
+        if number > chunks:
+            yield {"train.micro_batches": number}
+    for number in more:
+        yield {**split, "train.micro_batches": number}
+    fewer = {"train.micro_batches": min(chunks * 4, max(rows // 4, 1))}
+    yield {**split, **fewer, "batch_size": max(config.batch_size // 4, 1)}
 
 
 def _report(result: dict[str, Any], plans: list[StepPlan], chip: Chip) -> str:
     rows = [
         [
             f"{p.dataset} ({p.task})" if p.dataset != f"assumed {p.task}" else p.task,
-            f"{p.rows} x {p.length}", f"{p.tokens:,}", f"{1 - p.fill:.1%}",
+            f"{p.batch_size:,}", f"{p.rows} x {p.length}", f"{p.tokens:,}", f"{1 - p.fill:.1%}",
             _gib(p.hbm_arguments), _gib(p.hbm_temporary), _gib(p.hbm_output), _gib(p.hbm_used),
             f"{p.hbm_used / chip.hbm:.0%}", f"{p.model_operations:.3g}",
             f"{p.seconds:.3f}", f"{p.utilisation:.1%}", p.steps,
@@ -182,8 +195,8 @@ def _report(result: dict[str, Any], plans: list[StepPlan], chip: Chip) -> str:
         for p in plans
     ]  # fmt: skip
     header = (
-        "dataset", "rows", "tokens", "padding", "arguments", "temporary", "output", "GiB",
-        "of chip", "FLOPs", "s/step", "MFU", "steps",
+        "dataset", "batch", "packed rows", "tokens", "padding", "arguments", "temporary", "output",
+        "GiB", "of chip", "FLOPs", "s/step", "MFU", "steps",
     )  # fmt: skip
     mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
     parts = [

@@ -47,9 +47,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     known = math.prod(sizes[axis] for axis in AXES if axis not in unknown)
     if len(devices) % known or (not unknown and known != len(devices)):
         fields = ", ".join(f"config.mesh.{axis} = {sizes[axis]}" for axis in AXES)
+        divisors = [str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise UserError(
-            f"{fields}: the sizes must multiply to the number of devices, {len(devices)}"
-            " (-1 on one axis: all that remain)"
+            f"{fields}: the sizes must multiply to the number of devices, {len(devices)}, so each"
+            f" is one of {', '.join(divisors)} (-1 on one axis: all that remain)"
         )
     for axis in unknown:
         sizes[axis] = len(devices) // known

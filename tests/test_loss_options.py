@@ -213,6 +213,19 @@ def test_the_share_of_false_negatives_is_reported():
     assert "false_negatives" not in losses.info_nce(e, *rows, **options)[1]
 
 
+def test_a_row_without_others_and_with_a_masked_positive_has_a_finite_gradient():
+    def loss(e):  # text 0, where the masked positive points, is no document
+        return losses.info_nce(
+            e, np.array([1]), np.array([[2, 0]]), np.zeros((1, 0), int), np.zeros((1, 0), bool),
+            np.array([[True, False]]), dims=DIMS, temperature=TEMPERATURE, duplicates="count",
+            terms=("qd", "qq"), false_negative_margin=0.0,
+        )[0]  # fmt: skip
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(texts(3))
+    assert value == 0
+    assert not np.any(gradient)
+
+
 def test_a_loss_that_is_divided_by_its_pairs_does_not_grow_with_the_batch():
     rng = np.random.default_rng(0)
 

@@ -1,19 +1,24 @@
 """The plan command on small slices: real compilations, for chips that aren't there."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import small
+import tiny
 
 from piccolo_jax import plan
 from piccolo_jax.config import Config, DatasetConfig
 from piccolo_jax.data.loader import Batches
+from piccolo_jax.planning import topology
 from piccolo_jax.planning.assumed import LABELS, assumed_datasets
-from piccolo_jax.planning.steps import stderr_of_compiler
+from piccolo_jax.planning.steps import StepPlan, _measure, plan_steps, stderr_of_compiler
+from piccolo_jax.sharding import AXES
 from piccolo_jax.tasks import TASKS
 
 pytestmark = pytest.mark.skipif(
@@ -140,6 +145,7 @@ def test_what_is_not_here_is_assumed_and_said(capfd):
         capfd, f"--config={path}", "--topology=v6e:2x2", "--query_tokens=6", "--text_tokens=20"
     )
     assert code == 0
+    assert [step["batch_size"] for step in result["steps"]] == [8, 8, 8]
     model, data = result["notes"]
     assert model.startswith("model: sizes of the config, since 'nobody/has-this-model'")
     assert "queries of 6 and other texts of 20 tokens" in data
@@ -220,6 +226,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capfd):
     )  # fmt: skip
     assert code == 2
     assert not result["fits"]
+    assert result["hours"] is None
     (step,) = result["steps"]
     assert step["hbm_used"] > result["hbm_per_chip"]
     wanted, remedy = result["notes"][-2:]
@@ -233,7 +240,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capfd):
         (["--topology=v5e:3x3"], "--topology=v5e:3x3: there is no such slice; those of v5e are"),
         ([], "--topology is missing"),
         (["--topology=v5e:2x2", "--config.mesh.tensor=3"],
-         "config.mesh.tensor = 3: the sizes must multiply to the number of devices, 4"),
+         "config.mesh.tensor = 3: the sizes must multiply to the number of devices, 4, so each is"
+         " one of 1, 2, 4 (-1"),
         (["--topology=v5e:2x2", "--config.train.micro_batches=99"],
          "config.train.micro_batches = 99: a batch of dataset"),
         (["--topology=v5e:2x2", "--config.batch_size=999"],
@@ -247,6 +255,53 @@ def test_bad_input_is_one_message(folder, capsys, arguments, message):
     )
     assert code == 2
     assert message in small.one_error(capsys)
+
+
+def test_what_the_compiler_lets_pass_must_still_fit_the_chip():
+    chip, devices = topology.devices("v5e:1x1")
+    config, model = tiny.config(), tiny.embedder(layers=1, kernels=True, unrolled=True)
+    small_chip = dataclasses.replace(chip, hbm=10_000)
+    (step,) = plan_steps(config, model, small_chip, devices, [tiny.dataset("classification")])
+    assert step.seconds > 0
+    assert step.hbm_used > small_chip.hbm
+    assert not step.fits
+
+
+def test_products_of_the_loss_are_those_of_its_longest_prefix_with_kept_documents():
+    config, model, datasets = tiny.config(), tiny.embedder(), [tiny.dataset("retrieval")]
+    batch = Batches(config, datasets, TASKS, 32, 2, range(2)).at(0)
+    masked = np.zeros_like(batch.replicated["negative_keep"])
+    without = dataclasses.replace(batch, replicated=batch.replicated | {"negative_keep": masked})
+    plans = [StepPlan("", "retrieval") for _ in range(3)]
+    _measure(plans[0], batch, model, 30)
+    _measure(plans[1], batch, model, 8)
+    _measure(plans[2], without, model, 30)
+    kept = batch.replicated["negative_keep"].sum()
+    assert 0 < kept < masked.size
+    many, narrow, few = (plan.model_operations for plan in plans)
+    assert many - few == 6 * 13 * kept * 30
+    assert many - narrow == 6 * 13 * (13 + kept) * 22
+
+
+def test_changes_that_need_less_memory_have_no_more_chunks_than_rows():
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), AXES)
+    config = Config(batch_size=64)
+    config.train.micro_batches = 2
+    split = {"mesh.data": 1, "mesh.fsdp": 4}
+    assert list(plan._changes(config, mesh, 5)) == [
+        {"train.micro_batches": 5},
+        split | {"train.micro_batches": 5},
+        split | {"train.micro_batches": 1, "batch_size": 16},
+    ]
+    assert [c["train.micro_batches"] for c in plan._changes(config, mesh, 99)] == [8, 32, 8, 32, 8]
+    config.train.micro_batches = 5
+    assert [c["train.micro_batches"] for c in plan._changes(config, mesh, 5)] == [5, 1]
+
+
+def test_loops_of_unknown_length_are_said():
+    steps = [StepPlan("", "retrieval", fits=True, unknown_loops=n) for n in (0, 2)]
+    (note,) = plan._advice(steps, Config(), None, None, [], [])
+    assert note.startswith("retrieval: the program doesn't show how often 2 of its loops run")
 
 
 def test_native_output_is_kept_from_the_terminal_and_comes_back(capfd):

@@ -40,7 +40,8 @@ class StepPlan:
     dataset: str
     task: str
     steps: int = 0  # of the run
-    rows: int = 0  # of the slice, as texts and tokens
+    batch_size: int = 0  # rows of the dataset
+    rows: int = 0  # packed, of the slice, as texts and tokens
     length: int = 0
     texts: int = 0  # that are encoded
     tokens: int = 0  # without padding
@@ -94,7 +95,7 @@ def plan_steps(
             compiled[key] = _compile(batch, programs, state, mesh, chip)
         plan = copy.copy(compiled[key])
         plan.dataset, plan.steps = store.name, steps
-        _measure(plan, batch, model)
+        _measure(plan, batch, model, config.loss.dims[-1])
         if plan.seconds:
             rate = plan.model_operations / plan.seconds
             plan.utilisation = rate / (chip.peak * mesh.devices.size)
@@ -111,12 +112,16 @@ def _first_uses(batches: Batches) -> list[int]:
     return [firsts[dataset] for dataset in range(len(batches.stores))]
 
 
-def _measure(plan: StepPlan, batch: HostBatch, model: Embedder) -> None:
-    """Puts in the plan the batch in numbers, and the operations that a step on it needs."""
+def _measure(plan: StepPlan, batch: HostBatch, model: Embedder, width: int) -> None:
+    """Puts in the plan the batch in numbers, and the operations that a step on it needs.
+
+    `width`: of the vectors that the loss compares, its longest prefix.
+    """
     segments = batch.sharded["segments"]
     row, _ = np.nonzero(segments)
     text_of_token = segments[segments > 0] + row * (segments.max(initial=0) + 1)
     lengths = np.unique(text_of_token, return_counts=True)[1].astype(np.float64)
+    plan.batch_size = batch.rows
     plan.rows, plan.length = segments.shape
     plan.texts, plan.tokens = len(lengths), int(lengths.sum())
     plan.fill = float(lengths.sum() / segments.size)
@@ -129,8 +134,7 @@ def _measure(plan: StepPlan, batch: HostBatch, model: Embedder) -> None:
     operations += 6 * hidden * model.embed_dim * len(lengths)
     if batch.task == "retrieval":  # the other losses compare few texts with each
         arrays = batch.replicated
-        documents = arrays["positive"].size + arrays["negative"].size
-        width = model.embed_dim or hidden
+        documents = arrays["positive_keep"].sum() + arrays["negative_keep"].sum()
         operations += 6 * arrays["query"].size * documents * width
     plan.model_operations = float(operations)
 
@@ -165,7 +169,8 @@ def _compile(
         plan.hbm_arguments + plan.hbm_temporary + plan.hbm_output
         + memory.generated_code_size_in_bytes
     )  # fmt: skip
-    plan.fits = True
+    # The compiler lets some programs pass whose parts are larger than the chip.
+    plan.fits = plan.hbm_used <= chip.hbm
     cost = hlo_cost.read(text, chip)
     plan.cycles, plan.seconds = cost.cycles, cost.seconds(chip)
     plan.prefetch_seconds = cost.prefetch_bytes / chip.hbm_bandwidth
