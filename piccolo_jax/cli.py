@@ -111,7 +111,9 @@ def parse(
 def _load(path: str) -> Config:
     """What get_config() of a file returns. The file is code, and can raise anything."""
     if not Path(path).is_file():
-        raise UserError(f"--config={path}: there is no such file")
+        raise UserError(
+            f"--config={path}: there is no such file; give a Python file, e.g. configs/base.py"
+        )
     try:
         names = runpy.run_path(path)
         if "get_config" not in names:
