@@ -41,7 +41,11 @@ def build(config: Config, platform: str | None = None) -> Parts:
     """
     model, data = config.model, config.data
     init = pretrained.resolve(model.init) if model.init else None
-    spec = pretrained.read_spec(init) if init else spec_of_sizes(config)
+    spec = (
+        pretrained.read_spec(init, model.pooling, unlisted_dense=bool(model.embed_dim))
+        if init
+        else spec_of_sizes(config)
+    )
     embedder = make_model(config, spec, platform or jax.default_backend())
     backbone = embedder.backbone
     for name in ("query_max_length", "max_length"):

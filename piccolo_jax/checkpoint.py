@@ -150,7 +150,10 @@ class Checkpoints:
     def _restore(self, **args: Any) -> Any:
         step = self.latest
         if step is None:
-            raise UserError(f"{self.directory}: holds no complete checkpoint")
+            raise UserError(
+                f"{self.directory}: holds no complete checkpoint; give the --workdir of a run that"
+                " has saved one"
+            )
         with self._readable_errors("read", self._remedy, step):
             return self._manager.restore(step, args=ocp.args.Composite(**args))
 

@@ -25,6 +25,16 @@ _MACHINE_ERRORS = {
 }  # fmt: skip
 
 
+class _NumberOrNone(flags.FloatParser):
+    """A float, or None for fields that can be None; what can't is refused by config.validate."""
+
+    def parse(self, argument: str | float | int) -> float | None:  # type: ignore[override]
+        return None if str(argument).lower() == "none" else super().parse(argument)
+
+
+config_flags.register_flag_parser_for_type(float, _NumberOrNone())
+
+
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command and exits: 0 done, 2 for what the user can mend, with one message."""
     try:
@@ -61,8 +71,7 @@ def parse(
     """Config and flags of `--config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]`.
 
     `define` adds the command's own flags. Raises UserError for an unknown flag or field, a value of
-    the wrong type, and a config that
-    can't be loaded or isn't valid.
+    the wrong type, and a config that can't be loaded or isn't valid.
     """
     if {"--help", "-h"} & set(argv):
         print(usage)
@@ -72,7 +81,7 @@ def parse(
         "workdir", None, "Folder for everything the run writes.", flag_values=values
     )
     define(values)
-    overridden = [m[1] for m in map(re.compile(r"--?config\.([^=]+)").match, argv) if m]
+    overridden = [m[1] for m in map(re.compile(r"--?(?:no)?config\.([^=]+)").match, argv) if m]
 
     def load(path: str) -> Config:
         config = _load(path)
@@ -102,7 +111,9 @@ def parse(
 def _load(path: str) -> Config:
     """What get_config() of a file returns. The file is code, and can raise anything."""
     if not Path(path).is_file():
-        raise UserError(f"--config={path}: there is no such file")
+        raise UserError(
+            f"--config={path}: there is no such file; give a Python file, e.g. configs/base.py"
+        )
     try:
         names = runpy.run_path(path)
         if "get_config" not in names:

@@ -299,6 +299,8 @@ def validate(config: Config) -> None:
     positive("total_steps", "batch_size", "log.every", "checkpoint.keep")
     not_negative("seed", "checkpoint.every", "eval.every")
     require(config.seed < 2**32, "seed", "less than 2**32")
+    for field in ("total_steps", "batch_size"):
+        require(get(config, field) < 2**31, field, "less than 2**31")
 
     model = config.model
     require(bool(model.init or model.tokenizer), "model.tokenizer",

@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
     if args.precision != "float32" and not quantizer and len(texts) < 2:
         raise UserError(f"{args.input}: one text is too few to calibrate on: give --calibration")
     model = Encoder.load(args.model)
-    if not 0 <= args.dim <= model.width:
+    dim = model.default_dim if args.dim is None else args.dim
+    if not 1 <= dim <= model.width:
         raise UserError(f"--dim={args.dim}: must be from 1 to {model.width}, the model's width")
-    dim = args.dim or model.default_dim
     if quantizer and quantizer.dim != dim:
         raise UserError(
             f"--calibration={args.calibration}: is of {quantizer.dim} dimensions, not of {dim}"
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="a sentence-transformers folder, or hub id")
     add("--input", type=Path, required=True, help="JSON lines (or plain .txt)")
     add("--output", type=Path, required=True, help="a .npy file to write")
-    add("--dim", type=int, default=0, help="prefix to cut to; default: all, or the model's")
+    add("--dim", type=int, help="prefix to cut to; default: all, or the model's")
     add("--field", default="text", help="of each JSON object; default: text")
     add("--prompt", help="put before every text; default: the model's default prompt, if any")
     add("--prompt-name", help="the same, by its name in the model's folder, e.g. query")

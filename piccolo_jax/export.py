@@ -22,7 +22,8 @@ import numpy as np
 
 from piccolo_jax import __version__, averaging, build, cli, metrics
 from piccolo_jax import config as config_lib
-from piccolo_jax.checkpoint import Best, Checkpoints
+from piccolo_jax.checkpoint import BEST, Best, Checkpoints
+from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
 from piccolo_jax.config import Config, MeshConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.exporting import card, layout, onnx_graph, reference, states
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     add_checkpoint_flags(parser)
     args = parser.parse_args(argv[1:])
+    _check_apart(args.output, args.workdir)
     check_output(args.output, args.overwrite)
     if args.onnx_dim is not None and not args.onnx:
         raise UserError(f"--onnx-dim={args.onnx_dim}: give --onnx too")
@@ -104,6 +106,16 @@ def read_checkpoint(
     abstract = build.abstract_params(parts.model, shardings)
     params = checkpoints.restore_weights(config, abstract, weights)
     return checkpoints.latest or 0, config, parts, params
+
+
+def _check_apart(output: Path, workdir: Path) -> None:
+    """Raises UserError if replacing `output` would take the run's checkpoints away."""
+    for name in (CHECKPOINTS, BEST):
+        kept = (workdir / name).resolve()
+        if output.resolve() in (kept, *kept.parents):
+            raise UserError(
+                f"--output={output}: holds the run of --workdir={workdir}; give a folder of its own"
+            )
 
 
 def check_output(output: Path, overwrite: bool) -> None:

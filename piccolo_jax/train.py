@@ -9,6 +9,7 @@ what is best) and, at the end, export/.
 
 import contextlib
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -225,17 +226,30 @@ def main(argv: list[str]) -> int:
 
 
 def _check_workdir(workdir: Path, config: Config) -> None:
-    """Raises UserError if the folder can't be used or holds what another config has learnt."""
+    """Raises UserError if the folder can't be used, or holds what is no run's or another config's.
+
+    A run writes its config before anything else that would be overwritten here.
+    """
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         learnt = [*(workdir / CHECKPOINTS).glob("[0-9]*"), *workdir.glob("export")]
-        if not learnt or not path.exists():
+        if not path.exists():
+            names = ("metrics.jsonl", "eval.jsonl", "export")
+            if foreign := [name for name in names if (workdir / name).exists()]:
+                raise UserError(
+                    f"--workdir={workdir}: has {foreign[0]} but no config.json of a run, which"
+                    " would overwrite it"
+                )
             return
         before = config_lib.from_json(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise UserError(f"--workdir={workdir}: can't be used ({error.strerror})") from error
-    if changes := config_lib.diff(before, config):
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a run's config ({error}); give another --workdir") from error
+    except UserError as error:
+        raise UserError(f"{error}; give another --workdir") from error
+    if learnt and (changes := config_lib.diff(before, config)):
         raise UserError(config_lib.refusal(path, changes))
 
 
@@ -373,17 +387,18 @@ def _say_results(
 ) -> None:
     if table := before_and_after(workdir / "eval.jsonl", config):
         say(f"\n{table}")
+    export_path, run_path = shlex.quote(str(output)), shlex.quote(str(workdir))
     say(
         f"\ncheckpoint: {checkpoints.directory / str(checkpoints.latest)}"
         + (
             f"\nbest:       {best.directory / str(best.latest)}  ({best.metric} = {best.score:.4f};"
-            f" python -m piccolo_jax.export --workdir={workdir} --checkpoint=best --output=DIR)"
+            f" python -m piccolo_jax.export --workdir={run_path} --checkpoint=best --output=DIR)"
             if best
             else ""
         )
         + f"\nexport:     {output}  (a sentence-transformers directory)"
-        f"\nnext:       python -m piccolo_jax.verify {output} --workdir={workdir}"
-        f"\n            python -m piccolo_jax.embed --model={output} --input=FILE.jsonl"
+        f"\nnext:       python -m piccolo_jax.verify {export_path} --workdir={run_path}"
+        f"\n            python -m piccolo_jax.embed --model={export_path} --input=FILE.jsonl"
         " --output=FILE.npy"
     )
 

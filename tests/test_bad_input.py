@@ -68,7 +68,9 @@ def test_broken_json_is_named_by_file_and_line(refused, files, command):
 
 def test_a_missing_data_file(refused, files):
     (files / "similarity.jsonl").unlink()
-    assert refused() == f"{files / 'similarity.jsonl'}: no such file or directory\n"
+    assert (
+        refused() == f"{files / 'similarity.jsonl'}: no such file or directory; correct the path\n"
+    )
 
 
 def test_a_corrected_path_goes_on_in_the_same_workdir(refused, files, tmp_path, capsys):
@@ -232,6 +234,27 @@ def test_a_config_json_that_is_not_one(refused, tmp_path, files, capsys):
     flags = (f"--config={files / 'tiny.py'}", f"--workdir={tmp_path / 'run'}")
     assert run_command(train.main, *flags) == 2
     assert one_error(capsys).startswith(f"{tmp_path / 'run' / 'config.json'}: config = ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("config.json", '{"model_type": "bert"}', ("config.json: config.model_type = 'bert'",)),
+        ("config.json", "[]", ("config.json: config = ",)),
+        ("metrics.jsonl", '{"loss": 1}', ("has metrics.jsonl but no config.json",)),
+        ("export/mine.txt", "mine", ("has export but no config.json",)),
+    ],
+)
+def test_a_folder_that_is_no_run_s_is_left_as_it_is(files, tmp_path, capsys, name, content, parts):
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    flags = (f"--config={files / 'tiny.py'}", f"--workdir={tmp_path / 'mine'}")
+    assert run_command(train.main, *flags) == 2
+    message = one_error(capsys)
+    for part in (*parts, "give another"):
+        assert part in message
+    assert snapshot(tmp_path / "mine") == {name: content.encode()}
 
 
 def test_a_disk_without_room(refused, monkeypatch):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 import shutil
 
@@ -79,6 +80,17 @@ def test_weights_and_the_scaling_layer_are_read_from_the_directory(exported):
     assert parts.scaling_init
     assert parts.model.pooling == "cls"
     assert not differing(make_params(config_from(directory)), params)
+
+
+def test_a_scaling_layer_beside_the_backbone_is_read_though_modules_json_has_it_not(
+    exported, tmp_path
+):
+    directory, params = exported
+    shutil.copytree(directory, tmp_path / "m")
+    listed = json.loads((tmp_path / "m" / "modules.json").read_text())[:2]
+    (tmp_path / "m" / "modules.json").write_text(json.dumps(listed))
+    assert build.build(config_from(tmp_path / "m")).scaling_init
+    assert not differing(make_params(config_from(tmp_path / "m")), params)
 
 
 def test_a_scaling_layer_that_the_directory_has_not_is_drawn_by_the_seed(exported, tmp_path):

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from piccolo_jax import cli
+from piccolo_jax import config as config_lib
 from piccolo_jax.config import Config, DatasetConfig, EvalDatasetConfig
 from piccolo_jax.errors import UserError
 
@@ -70,6 +71,23 @@ def test_flags_set_fields_of_every_type(parse):
     assert config.mesh.fsdp == 2
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        "model.dropout",
+        "loss.circle_margin",
+        "loss.retrieval.false_negative_margin",
+        "data.mixing_temperature",
+        "data.decontaminate.ngram_threshold",
+        "data.remine_max_positive_ratio",
+    ],
+)
+def test_a_field_that_can_be_none_is_set_to_none_again(parse, field):
+    line = f"config.{field} = {2.0 if field.endswith('temperature') else 0.5}"
+    assert config_lib.get(parse(line=line)[0], field) is not None
+    assert config_lib.get(parse(f"--config.{field}=None", line=line)[0], field) is None
+
+
 @pytest.mark.parametrize("flag", ["(64,128)", "64,128", "[64, 128]"])
 def test_a_tuple_is_set_in_the_ways_people_write_it(parse, flag):
     assert parse(f"--config.loss.dims={flag}")[0].loss.dims == (64, 128)
@@ -116,6 +134,8 @@ def test_every_field_can_be_set_from_the_command_line(parse, field, value):
         ("--config.total_steps=2.5", ("config.total_steps", "2.5")),
         ("--config.optim.learning_rate=fast", ("config.optim.learning_rate", "fast")),
         ("--config.optim.learning_rate=nan", ("config.optim.learning_rate", "nan", "finite")),
+        ("--config.optim.learning_rate=None", ("config.optim.learning_rate", "None", "number")),
+        ("--noconfig.loss.similarity.normalise", ("unknown config field 'normalise'",)),
         ("--config.loss.dims=512,256", ("config.loss.dims", "(512, 256)", "increasing")),
         ("--config.loss.dims=256,4096", ("config.loss.dims", "4096", "1792 wide")),
         ("--config.loss.dims=big", ("config.loss.dims", "big")),

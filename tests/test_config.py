@@ -68,6 +68,7 @@ def test_the_configs_that_ship_are_valid(name):
     ("field", "value", "allowed"),
     [
         ("total_steps", 0, "greater than 0"),
+        ("total_steps", 2**31, "less than 2**31"),
         ("batch_size", -1, "greater than 0"),
         ("batch_size", 2.5, "integer"),
         ("seed", -1, "0 or greater"),

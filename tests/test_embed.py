@@ -173,7 +173,7 @@ def test_a_line_that_cannot_be_encoded_is_named(model, files, capsys, line):
     assert not files[1].exists()
 
 
-@pytest.mark.parametrize("dim", [-1, 31])
+@pytest.mark.parametrize("dim", [-1, 0, 31])
 def test_a_prefix_that_does_not_exist_is_an_error(model, files, capsys, dim):
     assert run(model, files, f"--dim={dim}") == 2
     assert f"--dim={dim}: must be from 1 to 30" in error(capsys)

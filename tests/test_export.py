@@ -289,6 +289,17 @@ def test_the_command_exports_the_latest_checkpoint(made, workdir, tmp_path, caps
     assert but_card(output) == but_card(made()[3])
 
 
+@pytest.mark.parametrize("below", ["", "checkpoints", ".."])
+def test_an_export_never_takes_the_place_of_its_run(workdir, tmp_path, capsys, below):
+    shutil.copytree(workdir, tmp_path / "runs" / "run")
+    run = tmp_path / "runs" / "run"
+    before = snapshot(run)
+    flags = (f"--workdir={run}", f"--output={run / below}", "--overwrite")
+    assert run_command(export.main, *flags) == 2
+    assert "holds the run of --workdir" in capsys.readouterr().err
+    assert snapshot(run) == before
+
+
 def test_the_command_says_where_there_is_no_checkpoint(workdir, tmp_path, capsys):
     assert run_command(export.main, f"--workdir={tmp_path}", f"--output={tmp_path}/out") == 2
     assert "checkpoints: holds no complete checkpoint" in capsys.readouterr().err

@@ -184,7 +184,7 @@ def open_source(
             _check_named(path, place, row, served[chosen])
             return Source(path, rows, chosen, served[chosen], lenient)
     if not usable:
-        raise UserError(f"{path}: holds no rows")
+        raise UserError(f"{path}: holds no rows; add some, or leave it out")
     place, row = usable[0]
     known = layouts.LABELLED if names else (*layouts.LAYOUTS, *layouts.LABELLED)
     columns, described = "; ".join(map(str, known)), layouts.describe(row)
@@ -232,7 +232,8 @@ def expand_meta_list(path: str) -> list[tuple[str, float]] | None:
         if tfds_rows.is_name(fields[1]):
             found = fields[1]
         if found is None:
-            raise UserError(f"{path}:{number}: no directory {' or '.join(places)}")
+            where = " or ".join(places)
+            raise UserError(f"{path}:{number}: no directory {where}; correct or delete the line")
         entries.append((found, float(fields[2])))
     if not entries:
         raise UserError(f"{path}: empty; write a line `DIRECTORY REPEATS` per dataset")
@@ -242,7 +243,7 @@ def expand_meta_list(path: str) -> list[tuple[str, float]] | None:
 def open_files(path: str) -> FileRows:
     """The rows of a file or directory, whatever their columns. Raises UserError."""
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such file or directory")
+        raise UserError(f"{path}: no such file or directory; correct the path")
     files = tuple(_data_files(Path(path)) if os.path.isdir(path) else [Path(path)])
     for file in files:
         if not os.path.isfile(file):

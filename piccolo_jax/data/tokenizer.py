@@ -28,6 +28,11 @@ class Tokenizer:
             raise UserError(f"{path}: no tokenizer can be loaded from here ({reason})") from None
         if not self.hf.is_fast:
             raise UserError(f"{path}: the tokenizer has no tokenizer.json (a fast tokenizer)")
+        if len(self.hf) <= len(self.hf.all_special_ids):  # what transformers makes of no files
+            raise UserError(
+                f"{path}: holds no tokenizer (tokenizer.json or vocab.txt with words); name a"
+                " directory with one in config.model.tokenizer"
+            )
         self._backend = self.hf.backend_tokenizer
         self.lower_case = lower_case
         if lower_case:

@@ -6,6 +6,7 @@ the tokens of its own text only, by `segments`, and positions restart with each 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -106,7 +107,7 @@ class BertConfig:
             return f"one of {', '.join(map(repr, names))}"
 
         model_type = values.get("model_type")
-        require(model_type in ARCHITECTURES, "model_type", one_of(ARCHITECTURES))
+        require(model_type in tuple(ARCHITECTURES), "model_type", one_of(ARCHITECTURES))
         for field, default, allowed in (
             ("position_embedding_type", "absolute", "absolute"),
             ("is_decoder", False, False),
@@ -123,7 +124,16 @@ class BertConfig:
         for name in map(_HF_FIELDS.__getitem__, sizes):
             value = values.get(name)
             require(isinstance(value, int) and value > 0, name, "an integer greater than 0")
-        require(config.hidden_act in ACTIVATIONS, "hidden_act", one_of(ACTIVATIONS))
+        require(config.hidden_act in tuple(ACTIVATIONS), "hidden_act", one_of(ACTIVATIONS))
+        for name, most in (
+            ("hidden_dropout_prob", 1.0),
+            ("attention_probs_dropout_prob", 1.0),
+            ("layer_norm_eps", math.inf),
+        ):
+            value = values.get(name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(value is None or (number and 0 <= value < most), name,
+                    f"a number of at least 0 and below {most:g}")  # fmt: skip
         require(config.hidden_size % config.num_heads == 0, "num_attention_heads",
                 f"a divisor of hidden_size = {config.hidden_size}")  # fmt: skip
         require(config.max_positions > config.position_offset, "max_position_embeddings",

@@ -122,7 +122,7 @@ def read_pooling(folder: Path, hidden_size: int) -> str:
     if len(modes) != 1 or str(modes[0]) not in _POOLINGS:
         raise UserError(
             f"{path}: pooling mode {' + '.join(map(str, modes))}: must be one of"
-            f" {', '.join(_POOLINGS)}: {_ELSE}"
+            f" {', '.join(_POOLINGS)}: {_ELSE}; config.model.pooling takes another for training"
         )
     if not values.get("include_prompt", True):
         raise UserError(

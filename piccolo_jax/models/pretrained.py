@@ -26,6 +26,8 @@ _TO_SAFETENSORS = (
 _DTYPES = ("F32", "F16", "BF16", "F64")
 # Of the encoder's tensors in a checkpoint of a model with a head.
 _PREFIXES = ("", "bert.", "roberta.")
+# Of LayerNorm in the first checkpoints of BERT, bert-base-chinese among them.
+_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 @dataclasses.dataclass
@@ -70,11 +72,17 @@ def resolve(init: str) -> Path:
     return Path(path)
 
 
-def read_spec(directory: Path) -> Pretrained:
+def read_spec(directory: Path, pooling: str = "", unlisted_dense: bool = False) -> Pretrained:
     """Backbone, pooling, scaling layer, prompts and limits of a model directory.
 
-    Reads transformers directories and sentence-transformers ones, of 2024 and of 6.x. Raises
-    UserError naming the file and the field that is broken or not supported.
+    Reads transformers directories and sentence-transformers ones, of 2024 and of 6.x.
+
+    Args:
+      pooling: taken in place of what the directory says, which may then be a kind unknown here.
+      unlisted_dense: take a scaling layer in 2_Dense/ that modules.json doesn't list, which
+        sentence-transformers doesn't apply, but training starts from.
+
+    Raises UserError naming the file and the field that is broken or not supported.
     """
     directory = Path(directory)
     modules = modules_lib.read_modules(directory)
@@ -82,16 +90,17 @@ def read_spec(directory: Path) -> Pretrained:
     config_path = folder / "config.json"
     values = read_json(config_path)
     model_type = values.get("model_type")
-    if model_type not in BACKBONES:
+    if not isinstance(model_type, str) or model_type not in BACKBONES:
         raise UserError(
             f"{config_path}: model_type = {model_type!r}: must be one of {', '.join(BACKBONES)}"
         )
     backbone = BACKBONES[model_type].config.from_hf(values, source=str(config_path))
-    spec = Pretrained(directory, backbone, tokenizer=folder)
-    if "Pooling" in modules:
+    spec = Pretrained(directory, backbone, pooling or None, tokenizer=folder)
+    if "Pooling" in modules and not pooling:
         spec.pooling = modules_lib.read_pooling(modules["Pooling"], backbone.hidden_size)
-    if "Dense" in modules:
-        spec.embed_dim, _ = modules_lib.read_dense(modules["Dense"], backbone.hidden_size)
+    dense = _dense_folder(directory, modules) if unlisted_dense else modules.get("Dense")
+    if dense:
+        spec.embed_dim, _ = modules_lib.read_dense(dense, backbone.hidden_size)
     if "Normalize" in modules:
         modules_lib.check_normalize(modules["Normalize"])
         spec.normalize = True
@@ -101,6 +110,12 @@ def read_spec(directory: Path) -> Pretrained:
     spec.truncate_dim = _read_truncate_dim(about_path, about)
     spec.max_seq_length, spec.lower_case = modules_lib.read_transformer(folder)
     return spec
+
+
+def _dense_folder(directory: Path, modules: dict[str, Path]) -> Path | None:
+    """Of the scaling layer that modules.json lists, else 2_Dense/ if it is there."""
+    beside = directory / "2_Dense"
+    return modules.get("Dense") or (beside if beside.is_dir() else None)
 
 
 def _read_prompts(path: Path, values: dict[str, Any]) -> tuple[dict[str, str], str | None]:
@@ -161,9 +176,9 @@ class StoredParam:
 def open_params(directory: Path, config: BertConfig, embed_dim: int = 0) -> dict[str, Any]:
     """Parameters of Embedder(config, embed_dim=embed_dim) as nested dicts of StoredParam.
 
-    `scaling` is absent if the directory has no Dense module; a Dense module is not read if
-    `embed_dim` is 0. Raises UserError naming the tensor, the file and the shapes if one is missing
-    or of another shape, and if the weights are not safetensors.
+    `scaling` is absent if the directory has no Dense module, listed or in 2_Dense/; it is not read
+    if `embed_dim` is 0. Raises UserError naming the tensor, the file and the shapes if one is
+    missing or of another shape, and if the weights are not safetensors.
     """
     directory = Path(directory)
     modules = modules_lib.read_modules(directory)
@@ -173,15 +188,16 @@ def open_params(directory: Path, config: BertConfig, embed_dim: int = 0) -> dict
     for path, shape in _backbone_shapes(config).items():
         name = prefix + BACKBONES[config.model_type].hf_names[path]
         _put(params["backbone"], path, tensors.open(name, path, shape))
-    if embed_dim and "Dense" in modules:
-        width, has_bias = modules_lib.read_dense(modules["Dense"], config.hidden_size)
+    dense = _dense_folder(directory, modules)
+    if embed_dim and dense:
+        width, has_bias = modules_lib.read_dense(dense, config.hidden_size)
         if width != embed_dim:
             raise UserError(
-                f"config.model.embed_dim = {embed_dim}, but {modules['Dense'] / 'config.json'} has"
+                f"config.model.embed_dim = {embed_dim}, but {dense / 'config.json'} has"
                 f" out_features = {width}: set config.model.embed_dim={width}, or 0 for no scaling"
                 " layer"
             )
-        tensors = _Tensors(modules["Dense"])
+        tensors = _Tensors(dense)
         kernel = tensors.open("linear.weight", "scaling/kernel", (config.hidden_size, width))
         bias: StoredParam | np.ndarray = np.zeros(width, np.float32)
         if has_bias:
@@ -259,6 +275,9 @@ class _Tensors:
 
     def _open_tensor(self, name: str, expected: tuple[int, ...]) -> Any:
         if name not in self.where:
+            for new, old in _OLD_NAMES.items():
+                if name.endswith(new) and name.replace(new, old) in self.where:
+                    return self._open_tensor(name.replace(new, old), expected)
             raise UserError(f"{self.source}: no tensor {name!r} of shape {list(expected)}")
         file = self.where[name]
         try:

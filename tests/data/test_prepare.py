@@ -659,3 +659,9 @@ def test_a_missing_tokenizer_is_an_error(tmp_path):
     for path in (tmp_path, tmp_path / "none", ""):
         with pytest.raises(UserError, match="no tokenizer can be loaded from here"):
             Tokenizer(path)
+
+
+def test_a_model_folder_without_its_tokenizer_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r"holds no tokenizer .*name a directory .*tokenizer"):
+        Tokenizer(tmp_path)

@@ -140,6 +140,10 @@ def test_pooling_is_read_from_both_layouts(directory, values, pooling):
          {"out_features": 6, "activation_function": IDENTITY, "use_residual": True},
          "use_residual = True"),
         ("config.json", {"model_type": "t5"}, "model_type = 't5': must be one of bert, roberta"),
+        ("config.json", {"model_type": ["bert"]}, "model_type = ['bert']: must be one of bert"),
+        ("config.json", CONFIG.to_hf() | {"hidden_act": ["gelu"]}, "hidden_act = ['gelu']: must"),
+        ("config.json", CONFIG.to_hf() | {"hidden_dropout_prob": 1.0}, "dropout_prob = 1.0: must"),
+        ("config.json", CONFIG.to_hf() | {"layer_norm_eps": "1e-12"}, "layer_norm_eps = '1e-12'"),
         ("config.json", [], "must be a JSON object"),
         ("modules.json", {}, "not a list of modules"),
         ("modules.json", [{"type": "a.Dense", "path": "2"}], "module a.Dense: not supported"),
@@ -180,6 +184,30 @@ def test_prefixes_and_heads_of_other_models_are_passed_over(directory, prefix):
     tensors[f"{prefix}embeddings.position_ids"] = np.arange(16)
     tensors["cls.predictions.bias"] = np.zeros(20, np.float32)
     save_file(tensors, directory / "model.safetensors")
+    assert_equal(load_params(directory, CONFIG, 6), PARAMS)
+
+
+def test_the_layer_norms_of_old_checkpoints_have_other_names(directory):
+    tensors = load_file(directory / "model.safetensors")
+    old = {
+        "bert." + name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): value
+        for name, value in tensors.items()
+    }
+    assert len([name for name in old if name.endswith(("gamma", "beta"))]) == 10
+    save_file(old, directory / "model.safetensors")
+    assert_equal(load_params(directory, CONFIG, 6), PARAMS)
+
+
+def test_a_pooling_that_is_given_counts_whatever_the_directory_says(directory):
+    for values in ({"pooling_mode": "max"}, {"include_prompt": False}):
+        write_json(directory / "1_Pooling" / "config.json", values)
+        assert read_spec(directory, pooling="mean").pooling == "mean"
+
+
+def test_a_scaling_layer_that_is_not_listed_is_for_training_alone(directory):
+    write_modules(directory, LAYOUT[:2])
+    assert read_spec(directory).embed_dim == 0
+    assert read_spec(directory, unlisted_dense=True).embed_dim == 6
     assert_equal(load_params(directory, CONFIG, 6), PARAMS)
 
 
