@@ -49,12 +49,12 @@ def merge(first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
 
 
 def floor(sample: np.ndarray, num_keys: int, k: int) -> np.ndarray | None:
-    """Scores [rows, 1] that the k-th largest of `num_keys` is hardly ever below.
+    """Scores [rows, 1] that hardly ever fewer than k of `num_keys` are above, and few more.
 
-    Few more than k are above them. None where the sample tells too little.
+    None where the sample tells too little.
 
-    Args:
-      sample: float32 [rows, n], scores of keys drawn evenly; is reordered.
+       Args:
+         sample: float32 [rows, n], scores of keys drawn evenly; is reordered.
     """
     width = sample.shape[1]
     among_best = k * width / num_keys  # of the sample, about as a Poisson variable
@@ -62,7 +62,7 @@ def floor(sample: np.ndarray, num_keys: int, k: int) -> np.ndarray | None:
     if rank > width // 2:
         return None
     sample.partition(width - rank, axis=1)
-    return np.nextafter(sample[:, width - rank, None], np.float32(-np.inf))
+    return sample[:, [width - rank]]
 
 
 class Largest:
