@@ -25,11 +25,13 @@ _MACHINE_ERRORS = {
 }  # fmt: skip
 
 
-class _NumberOrNone(flags.FloatParser):
+class _NumberOrNone(flags.ArgumentParser[float | None]):
     """A float, or None for fields that can be None; what can't is refused by config.validate."""
 
-    def parse(self, argument: str | float | int) -> float | None:  # type: ignore[override]
-        return None if str(argument).lower() == "none" else super().parse(argument)
+    _number = flags.FloatParser()
+
+    def parse(self, argument: str | float | int) -> float | None:
+        return None if str(argument).lower() == "none" else self._number.parse(argument)
 
 
 config_flags.register_flag_parser_for_type(float, _NumberOrNone())

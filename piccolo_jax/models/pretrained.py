@@ -26,7 +26,7 @@ _TO_SAFETENSORS = (
 _DTYPES = ("F32", "F16", "BF16", "F64")
 # Of the encoder's tensors in a checkpoint of a model with a head.
 _PREFIXES = ("", "bert.", "roberta.")
-# Of LayerNorm in the first checkpoints of BERT, bert-base-chinese among them.
+# Of LayerNorm in the first checkpoints of BERT.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
