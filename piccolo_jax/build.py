@@ -21,7 +21,6 @@ from piccolo_jax.models.embedder import Embedder, embedder_rules
 from piccolo_jax.types import Params, TrainState
 
 _RANDOM_DROPOUT = 0.1  # of a BERT from random weights, as published
-_CPU_ROW_CHUNK = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +108,7 @@ def for_platform(
     types = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     return model.clone(
         dtype=types.get(dtype, jnp.float32 if on_cpu else jnp.bfloat16),
-        row_chunk=_CPU_ROW_CHUNK if on_cpu else 0,
+        for_cpu=on_cpu,
         kernels=platform == "tpu",
         unrolled=not on_cpu if layers == "auto" else layers == "unrolled",
     )

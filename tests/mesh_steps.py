@@ -49,7 +49,7 @@ def main(out):
         # At 1e-2 the gradient falls from 200 to 0.1: a difference of large terms, and of rounding.
         config.optim.learning_rate = 1e-3
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(sizes))])
-        model = tiny.embedder(layers=4, row_chunk=1)
+        model = tiny.embedder(layers=4, for_cpu=True)
         shardings = build.param_shardings(model, mesh)
         params = jax.tree.map(jax.device_put, tiny.params(model), shardings)
         if sizes in RANDOM:
@@ -85,7 +85,7 @@ def main(out):
 
 def chunked(sizes):
     """Loss and gradients of a step with dropout, in chunks and whole."""
-    config, model = tiny.config(), tiny.embedder(dropout=0.2, row_chunk=1)
+    config, model = tiny.config(), tiny.embedder(dropout=0.2, for_cpu=True)
     ways = {"whole": (model, 1), "chunks": (model.clone(unrolled=True), CHUNKED[sizes])}
     config.train.micro_batches = CHUNKED[sizes]
     for loss in (config.loss.retrieval, config.loss.similarity, config.loss.classification):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from piccolo_jax.errors import UserError
-from piccolo_jax.ops.attention import attention
+from piccolo_jax.ops.attention import LOG_SUM, attention
 from piccolo_jax.ops.dropout import dropout, row_bits
 from piccolo_jax.ops.gelu import gelu
 from piccolo_jax.sharding import BATCH_AXES, Rules, constrain
@@ -26,7 +26,7 @@ from piccolo_jax.sharding import BATCH_AXES, Rules, constrain
 ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -175,18 +175,17 @@ class BertEncoder(nn.Module):
     """Token ids to hidden states. Parameters are float32, matrix products in `dtype`.
 
     `remat` is what the backward pass recomputes: "none", "dots" (all but the products with
-    parameters and attention) or "full" (each layer from its input). `row_chunk` > 0 computes
-    attention for so many rows at a time and recomputes it backwards: on CPU the scores then stay in
-    the caches. It takes effect where the rows are not split over devices. `kernels`: with those for
-    TPUs. `unrolled`: each layer is compiled by itself instead of one for all, which takes longer to
-    compile and spares moving activations and gradients in and out of arrays over all layers; its
-    parameters are those of unstack().
+    parameters and attention) or "full" (each layer from its input). `for_cpu`: attention of one row
+    after the other, whose scores then stay in the caches, and gradients of kernels by other
+    products. `kernels`: with those for TPUs. `unrolled`: each layer is compiled by itself instead
+    of one for all, which takes longer to compile and spares moving activations and gradients in and
+    out of arrays over all layers; its parameters are those of unstack().
     """
 
     config: BertConfig
     dtype: Any = jnp.float32
     remat: str = "none"
-    row_chunk: int = 0
+    for_cpu: bool = False
     kernels: bool = False
     unrolled: bool = False
 
@@ -229,11 +228,11 @@ class BertEncoder(nn.Module):
         layer = _Layer
         if self.remat != "none":
             policy = {
-                "dots": jax.checkpoint_policies.save_only_these_names(_KEPT),
+                "dots": jax.checkpoint_policies.save_only_these_names(_KEPT, LOG_SUM),
                 "full": jax.checkpoint_policies.nothing_saveable,
             }[self.remat]
             layer = nn.remat(_Layer, policy=policy, prevent_cse=False)
-        arguments = (config, self.dtype, self.row_chunk, self.kernels)
+        arguments = (config, self.dtype, self.for_cpu, self.kernels)
         if self.unrolled:
             for i in range(config.num_layers):
                 layer_key = None if keys is None else keys[i]
@@ -264,7 +263,7 @@ def unstack(params: Any, num_layers: int) -> Any:
 class _Layer(nn.Module):
     config: BertConfig
     dtype: Any
-    row_chunk: int
+    for_cpu: bool
     kernels: bool
 
     @nn.compact
@@ -284,7 +283,8 @@ class _Layer(nn.Module):
             attention_key, *keys = jax.random.split(key, 3)
             attention_bits = row_bits(attention_key, rows)
             drops = [functools.partial(dropout, rate=config.hidden_dropout, key=k) for k in keys]
-        dense = functools.partial(_Dense, config.initializer_range, self.dtype)
+        dot = _dot if self.for_cpu else jnp.dot
+        dense = functools.partial(_Dense, config.initializer_range, self.dtype, dot)
 
         def product(x: jax.Array, features: int, name: str) -> jax.Array:
             y = constrain(dense(features, name=name)(x), BATCH_AXES, None, "tensor")
@@ -304,14 +304,13 @@ class _Layer(nn.Module):
         y = attention(
             query, key, value, segments, attention_bits,
             heads=config.num_heads, rate=config.attention_dropout, kernel=self.kernels,
-            row_chunk=self.row_chunk,
+            by_rows=self.for_cpu,
         )  # fmt: skip
         y = checkpoint_name(constrain(y, BATCH_AXES, None, "tensor"), _KEPT)
         x = add_and_norm(x, dense(hidden, name="attention_output")(y), drops[0], "attention_norm")
 
         y = _not_fused(product(x, config.intermediate_size, "intermediate"))
-        exact = self.dtype == jnp.float32 or config.hidden_act != "gelu"
-        activation = ACTIVATIONS[config.hidden_act] if exact else gelu
+        activation = ACTIVATIONS[config.hidden_act]
         # Recomputed backwards even without remat: its parts are kept for every layer otherwise.
         y = jax.checkpoint(activation, prevent_cse=False)(y)
         y = constrain(y, BATCH_AXES, None, "tensor")
@@ -323,6 +322,7 @@ class _Dense(nn.Module):
 
     initializer_range: float
     dtype: Any
+    dot: Callable[[Array, Array], Array]
     features: int
 
     @nn.compact
@@ -330,8 +330,29 @@ class _Dense(nn.Module):
         init = nn.initializers.normal(self.initializer_range)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = jnp.dot(x, kernel.astype(self.dtype)).astype(jnp.float32) + bias
+        y = self.dot(x, kernel.astype(self.dtype)).astype(jnp.float32) + bias
         return y.astype(self.dtype)
+
+
+@jax.custom_vjp
+def _dot(x: Float[Array, "R L I"], kernel: Float[Array, "I O"]) -> Float[Array, "R L O"]:
+    """x @ kernel, for CPUs, where XLA moves a large factor for JAX's gradient of the kernel.
+
+    That is a product transposed; this one is not.
+    """
+    return jnp.dot(x, kernel)
+
+
+def _dot_gradient(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    return jnp.dot(gradient, kernel.T), _flat(x).T @ _flat(gradient)
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+_dot.defvjp(lambda x, kernel: (_dot(x, kernel), (x, kernel)), _dot_gradient)
 
 
 def _layer_norm(config: BertConfig, dtype: Any, name: str) -> nn.LayerNorm:

@@ -47,7 +47,7 @@ class Embedder(nn.Module):
     embed_dim: int = 0
     dtype: Any = jnp.float32
     remat: str = "none"
-    row_chunk: int = 0
+    for_cpu: bool = False
     kernels: bool = False
     unrolled: bool = False
 
@@ -78,7 +78,7 @@ class Embedder(nn.Module):
         chunk. Raises ValueError if the rows of a shard can't be split so.
         """
         encoder = BACKBONES[self.backbone.model_type].encoder(
-            self.backbone, self.dtype, self.remat, self.row_chunk, self.kernels, self.unrolled,
+            self.backbone, self.dtype, self.remat, self.for_cpu, self.kernels, self.unrolled,
             name="backbone",
         )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Self-attention over packed rows: a token sees the tokens of its own text.
 
-Two implementations of one function: operations of XLA, and a kernel for TPUs, which never writes
-the scores to memory and recomputes them backwards. Both drop the same weights.
+Three implementations of one function: operations of XLA for all rows at once; the same for one row
+after the other, with a gradient written by hand, for CPUs; and a kernel for TPUs. The latter two
+don't keep the scores and compute them again backwards. All drop the same weights.
 """
 
 import functools
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
@@ -21,8 +23,9 @@ _LANES = 128
 # Longest rows of the kernel: it holds a few float32 arrays [length, length] in fast memory.
 KERNEL_LENGTH = 512
 # Queries whose scores are computed at a time where rows are: of 12 heads and a row of 512 tokens
-# they take 1.5 MB, which stays near the core, where those of the row take 12.
-_QUERIES = 64
+# they take 3 MB, which stays near the core, where those of the row take 12.
+_QUERIES = 128
+LOG_SUM = "attention_log_sum"  # what the backward pass of attention by rows reads, [R, N, L]
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _LOG2_E = 1.4426950408889634
 
@@ -37,35 +40,23 @@ def attention(
     heads: int,
     rate: float,
     kernel: bool,
-    row_chunk: int = 0,
+    by_rows: bool = False,
 ) -> Float[Array, "R L H"]:
     """softmax(query key^T / sqrt(D)) value of each head, D = H / heads, within segments.
 
     Softmax is float32. A share `rate` of the weights is dropped by the rows' bits (None: none).
-    `kernel`: where rows are short enough, the kernel; else XLA, `row_chunk` > 0 rows at a time,
-    computed again backwards, where the rows are not split over devices; without dropout, some
-    queries of long rows at a time.
+    `kernel`: where rows are short enough, the kernel; else XLA, for `by_rows` one row after the
+    other where the rows are not split over devices.
     """
+    if row_bits is None:
+        rate = 0.0
     if kernel and query.shape[1] <= KERNEL_LENGTH:
         return _over_mesh(query, key, value, segments, row_bits, heads, rate)
+    if by_rows and batch_shards() == 1:
+        return _by_rows(query, key, value, segments, row_bits, heads, rate)
     rows, length, hidden = query.shape
     split = (rows, length, heads, hidden // heads)
-    arrays = (*(x.reshape(split) for x in (query, key, value)), segments, row_bits)
-    if row_chunk == 0 or batch_shards() > 1:
-        return _attend(arrays, rate).reshape(query.shape)
-    if row_bits is None:
-        attend = _attend_in_blocks
-    else:  # dropout's bits are those of a row's whole scores
-
-        def attend(row: tuple[Any, ...]) -> Array:
-            return _attend(jax.tree.map(lambda a: a[None], row), rate)[0]
-
-    y = jax.lax.map(jax.checkpoint(attend), arrays, batch_size=row_chunk if row_chunk > 1 else None)
-    return y.reshape(query.shape)
-
-
-def _attend(arrays: tuple[Any, ...], rate: float) -> Float[Array, "R L N D"]:
-    query, key, value, segments, row_bits = arrays
+    query, key, value = (x.reshape(split) for x in (query, key, value))
     # Padding sees padding: a row of scores is never empty, so softmax is finite.
     mask: Bool[Array, "R 1 L L"] = segments[:, None, :, None] == segments[:, None, None, :]
     query = query * query.shape[-1] ** -0.5
@@ -73,28 +64,123 @@ def _attend(arrays: tuple[Any, ...], rate: float) -> Float[Array, "R L N D"]:
     weights = jax.nn.softmax(jnp.where(mask, scores, _LOWEST), axis=-1)
     if row_bits is not None:
         weights = drop(weights, rate, row_bits)
-    return jnp.einsum("rnqk,rknd->rqnd", weights.astype(value.dtype), value)
+    y = jnp.einsum("rnqk,rknd->rqnd", weights.astype(value.dtype), value)
+    return y.reshape(rows, length, hidden)
 
 
-def _attend_in_blocks(row: tuple[Any, ...]) -> Float[Array, "L N D"]:
-    """_attend of one row without dropout, for some of its queries at a time."""
-    query, key, value, segments, _ = row
-    length, heads, dim = query.shape
+# Attention by rows. Of XLA for CPUs two things are measured (docs/benchmarks.md): `x[:, None] == x`
+# of a row that a loop cuts out takes ten times as long as exp, so the mask is made before the loop;
+# and products that add over the first axis of scores move them, so backwards they are
+# [keys, queries], where one of four does and it moves the small factor instead.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _by_rows(
+    query: Array, key: Array, value: Array, segments: Array, row_bits: Array | None, heads: int,
+    rate: float,
+) -> Array:  # fmt: skip
+    return _forward_by_rows(query, key, value, segments, row_bits, heads, rate)[0]
+
+
+def _forward_by_rows(
+    query: Array, key: Array, value: Array, segments: Array, row_bits: Array | None, heads: int,
+    rate: float,
+) -> tuple[Float[Array, "R L H"], Float[Array, "R N L"]]:  # fmt: skip
+    """The output, and the logarithm of the sum of exp(score) over the keys."""
+    _, length, hidden = query.shape
+    dim = hidden // heads
     block = max(n for n in range(1, _QUERIES + 1) if length % n == 0)
-    # Heads go first once, not in every block.
-    key, value = jnp.moveaxis(key, 0, 2), jnp.moveaxis(value, 0, 1)
-    query = jnp.moveaxis((query * dim**-0.5).reshape(-1, block, heads, dim), 2, 1)
+    starts = jnp.arange(0, length, block, dtype=jnp.uint32)
 
-    def attend(part: tuple[Array, Array]) -> Array:
-        query, query_segments = part
-        scores = jnp.matmul(query, key, preferred_element_type=jnp.float32)
-        scores = jnp.where(query_segments[:, None] == segments, scores, _LOWEST)
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        y = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-        return (y / weights.sum(-1, keepdims=True)).astype(value.dtype)
+    def of_row(row: tuple[Any, ...]) -> tuple[Array, Array]:
+        query, key, value, same, bits = row
+        key, value = _heads_first(key, heads, (1, 2, 0)), _heads_first(value, heads, (1, 0, 2))
+        query = jnp.moveaxis((query * dim**-0.5).reshape(-1, block, heads, dim), 2, 1)
 
-    y = jax.lax.map(attend, (query, segments.reshape(-1, block)))
-    return jnp.moveaxis(y, 1, 2).reshape(length, heads, dim)
+        def of_block(part: tuple[Array, ...]) -> tuple[Array, Array]:
+            query, same, start = part
+            scores = jnp.matmul(query, key, preferred_element_type=jnp.float32)
+            scores = jnp.where(same, scores, _LOWEST)
+            largest = scores.max(-1, keepdims=True)
+            weights = jnp.exp(scores - largest)
+            total = weights.sum(-1, keepdims=True)
+            if rate:
+                kept = _keep(bits + start * length * WEYL, weights.shape, length, 1, 2, rate)
+                weights = jnp.where(kept, weights, 0)
+            y = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+            y = (y / (total * (1 - rate))).astype(value.dtype)
+            return y, (largest + jnp.log(total))[..., 0]
+
+        y, log_sum = jax.lax.map(of_block, (query, same.reshape(-1, block, length), starts))
+        return jnp.moveaxis(y, 1, 2).reshape(length, hidden), jnp.moveaxis(log_sum, 0, 1)
+
+    y, log_sum = jax.lax.map(of_row, (query, key, value, _same(segments), row_bits))
+    return y, log_sum.reshape(-1, heads, length)
+
+
+def _save_by_rows(
+    query: Array, key: Array, value: Array, segments: Array, row_bits: Array | None, heads: int,
+    rate: float,
+) -> tuple[Array, tuple[Any, ...]]:  # fmt: skip
+    arrays = (query, key, value, segments, row_bits)
+    y, log_sum = _forward_by_rows(*arrays, heads, rate)
+    return y, (*arrays, checkpoint_name(log_sum, LOG_SUM))
+
+
+def _pull_back_by_rows(heads: int, rate: float, saved: tuple[Any, ...], gradient: Array) -> Any:
+    """From the log-sums, as FlashAttention's (Dao 2023, arXiv 2307.08691, section 2.3)."""
+    query, key, value, segments, row_bits, log_sum = saved
+    _, length, hidden = query.shape
+    dim = hidden // heads
+
+    def of_row(row: tuple[Any, ...]) -> tuple[Array, ...]:
+        query, key, value, same, bits, log_sum, gradient = row
+        first, last = (1, 0, 2), (1, 2, 0)  # [heads, length, dim], [heads, dim, length]
+        query = query * dim**-0.5
+        scores = _product(_heads_first(key, heads, first), _heads_first(query, heads, last))
+        weights = jnp.exp(jnp.where(same, scores, _LOWEST) - log_sum[:, None])
+        kept = weights
+        if rate:
+            mask = _keep(bits, weights.shape, length, 2, 1, rate)
+            kept = jnp.where(mask, weights / (1 - rate), 0)
+        for_kept = _product(_heads_first(value, heads, first), _heads_first(gradient, heads, last))
+        product = kept * for_kept
+        for_scores = (product - weights * product.sum(1, keepdims=True)).astype(query.dtype)
+        for_value = _product(kept.astype(value.dtype), _heads_first(gradient, heads, first))
+        for_key = _product(for_scores, _heads_first(query, heads, first))
+        for_query = _product(_heads_first(key, heads, last), for_scores) * dim**-0.5
+        grads = (for_query.mT, for_key, for_value)
+        return tuple(
+            jnp.moveaxis(x, 0, 1).reshape(length, hidden).astype(query.dtype) for x in grads
+        )
+
+    rows = (query, key, value, _same(segments), row_bits, log_sum, gradient)
+    return *jax.lax.map(of_row, rows), None, None
+
+
+_by_rows.defvjp(_save_by_rows, _pull_back_by_rows)
+
+
+def _same(segments: Int[Array, "R L"]) -> Bool[Array, "R L L"]:
+    return segments[:, :, None] == segments[:, None, :]
+
+
+def _heads_first(x: Float[Array, "L H"], heads: int, order: tuple[int, ...]) -> Array:
+    return x.reshape(len(x), heads, -1).transpose(order)
+
+
+def _product(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def _keep(
+    bits: Array, shape: tuple[int, ...], length: int, query_axis: int, key_axis: int, rate: float
+) -> Bool[Array, "N ..."]:
+    """keep() of scores of `shape`, heads first, at their places in [heads, queries, keys]."""
+    head, query, key = (
+        jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, query_axis, key_axis)
+    )
+    return keep(bits, (head * length + query) * length + key, rate)
 
 
 def _over_mesh(

@@ -158,12 +158,13 @@ def assert_same(actual, expected, tolerance=1e-5):
     "options",
     [
         {"remat": "dots"},
-        {"remat": "full", "row_chunk": 1},
-        {"row_chunk": 2},  # doesn't divide the 5 rows
+        {"remat": "full", "for_cpu": True},
+        {"remat": "dots", "for_cpu": True},
+        {"for_cpu": True},
         {"unrolled": True, "remat": "dots"},
     ],
 )
-def test_rematerialisation_row_chunks_and_unrolling_change_no_value_and_no_gradient(
+def test_rematerialisation_operations_for_cpus_and_unrolling_change_no_value_and_no_gradient(
     loss, params, plain, options
 ):
     assert_same(value_and_grad(loss, params, **options), plain)

@@ -1,4 +1,4 @@
-"""The attention kernel, in Pallas's interpreter, and attention in blocks, against plain XLA."""
+"""The attention kernel, in Pallas's interpreter, and attention by rows, against plain XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,8 @@ def test_the_kernel_is_attention_in_value_and_gradient(heads, hidden, rate):
 
 
 @pytest.mark.parametrize("length", [16, 80, 192, 134])
-@pytest.mark.parametrize("row_chunk", [1, 2])
-def test_blocks_of_queries_are_attention_in_value_and_gradient(length, row_chunk):
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_attention_by_rows_is_attention_in_value_and_gradient(length, rate):
     rng = np.random.default_rng(0)
     inputs = tuple(rng.normal(size=(3, 3, length, 12)).astype(np.float32))
     segments = np.minimum(np.arange(length) // 11 + 1, 7)[None].repeat(3, 0)
@@ -52,13 +52,17 @@ def test_blocks_of_queries_are_attention_in_value_and_gradient(length, row_chunk
     segments[2, length // 2 :] = 0
     cotangent = rng.normal(size=inputs[0].shape).astype(np.float32)
 
-    def run(chunk):
+    bits = jnp.array([12345, 67890, 13579], jnp.uint32)
+
+    def run(by_rows):
         def scalar(inputs):
-            y = attention(*inputs, segments, None, heads=3, rate=0.1, kernel=False, row_chunk=chunk)
+            y = attention(
+                *inputs, segments, bits, heads=3, rate=rate, kernel=False, by_rows=by_rows
+            )
             return (y * cotangent).sum(), y
 
         (_, y), gradients = jax.value_and_grad(scalar, has_aux=True)(inputs)
         return y, *gradients
 
-    for a, e in zip(run(row_chunk), run(0), strict=True):
+    for a, e in zip(run(True), run(False), strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
