@@ -1,18 +1,20 @@
 """What mined hard negatives are worth: the same short training with them and with random ones.
 
     python tests/benchmarks/mined_negatives.py --model=DIR --data=BEIR-FOLDER --workdir=DIR
-        [--steps=60] [--batch=32] [--seeds=0,1,2] [--ranks=10:60] [--split=test]
-        [--max-length=192] [--train-queries=0] [--passages=0]
+        [--steps=60] [--batch=16] [--seeds=0,1,2] [--ranks=1:5] [--split=test]
 
 Mines negatives for the training queries of a BEIR folder, draws as many random passages for the
 same rows, trains on each from the same weights, and prints nDCG@10 on another split before and
-after. --train-queries and --passages make it smaller: the first queries only; of the passages only
-the positives of the queries used and others that a seed draws (0: all). What is finished in WORKDIR
-is not done again.
+after. Articles stay whole: queries of a split search the passages whose titles are those of its
+positives, so that the other paragraphs of an article are there to be confused with, and nothing
+that is evaluated on is ever a negative. Rows without a mined negative are left out of both. What is
+finished in WORKDIR is not done again.
 """
 
 import argparse
+import itertools
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,7 +33,7 @@ def get_config():
     config = Config(total_steps={steps}, batch_size={batch}, seed={seed})
     config.model.init, config.model.embed_dim = {model!r}, 0
     config.loss.dims = ({width},)
-    config.optim.learning_rate = {learning_rate}
+    config.optim.learning_rate, config.optim.warmup_steps = {learning_rate}, {steps} // 10
     config.data.max_length, config.data.query_max_length = {max_length}, {query_max_length}
     config.data.prepared_dir = {prepared!r}
     config.data.datasets = (
@@ -50,41 +52,40 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--temperature", type=float, default=0.01)
     parser.add_argument("--negatives", type=int, default=1, help="per row and step")
-    parser.add_argument("--max-length", type=int, default=192, help="tokens, in all that is done")
-    parser.add_argument("--query-max-length", type=int, default=64)
+    parser.add_argument("--max-length", type=int, default=160, help="tokens, in all that is done")
+    parser.add_argument("--query-max-length", type=int, default=48)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--ranks", default="10:60")
-    parser.add_argument("--count", type=int, default=15)
-    parser.add_argument("--max-positive-ratio", type=float, default=0.95)
+    parser.add_argument("--ranks", default="1:5")
+    parser.add_argument("--count", type=int, default=3)
+    parser.add_argument("--max-positive-ratio", type=float, default=0.98)
     parser.add_argument("--split", default="test", help="that is evaluated on")
-    parser.add_argument("--train-queries", type=int, default=0)
-    parser.add_argument("--eval-queries", type=int, default=0)
-    parser.add_argument("--passages", type=int, default=0)
     args = parser.parse_args()
     args.workdir.mkdir(parents=True, exist_ok=True)
-    folder = make_folder(args)
-    mined = args.workdir / "mined.jsonl"
+    train_folder, test_folder = (split_folder(args, split) for split in ("train", args.split))
+    mined, random = args.workdir / "mined.jsonl", args.workdir / "random.jsonl"
     if not mined.exists():
+        found = args.workdir / "found.jsonl"
         call(
-            "piccolo_jax.mine", f"--model={args.model}", f"--queries={folder}", f"--output={mined}",
-            f"--ranks={args.ranks}", f"--count={args.count}",
+            "piccolo_jax.mine", f"--model={args.model}", f"--queries={train_folder}",
+            f"--output={found}", f"--ranks={args.ranks}", f"--count={args.count}",
             f"--max-positive-ratio={args.max_positive_ratio}",
             f"--query-prompt={QUERY}", f"--passage-prompt={PASSAGE}",
             f"--max-length={args.max_length}", f"--query-max-length={args.query_max_length}",
             "--overwrite",
         )  # fmt: skip
-    random = args.workdir / "random.jsonl"
-    write_random(folder / "corpus.jsonl", mined, random, args.count)
-    scores = {"before": evaluate(args.model, folder, args, "before")}
+        rows = [row for row in read(found) if row["text_neg"]]
+        write(random, with_random(rows, read(train_folder / "corpus.jsonl")))
+        write(mined, rows)
+    scores = {"before": evaluate(args.model, test_folder, args, "before")}
     seeds = [int(seed) for seed in args.seeds.split(",")]
     for seed in seeds:
         for data in (random, mined):
             name = f"{data.stem}-{seed}"
-            scores[name] = evaluate(train(name, data, seed, args), folder, args, name)
+            scores[name] = evaluate(train(name, data, seed, args), test_folder, args, name)
             print(f"{name}: nDCG@10 {scores[name]:.4f} (before {scores['before']:.4f})", flush=True)
     print(f"\n| negatives | {' | '.join(f'seed {s}' for s in seeds)} | mean |")
     print(f"| --- |{' --- |' * (len(seeds) + 1)}")
@@ -100,30 +101,21 @@ def call(module, *flags):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
-def make_folder(args):
-    """The BEIR folder that is used: that of --data, or as much of it as the flags say."""
-    if not (args.train_queries or args.passages or args.eval_queries):
-        return args.data.absolute()
-    folder = args.workdir.absolute() / "data"
+def split_folder(args, split):
+    """A BEIR folder of one split, with the passages of the articles that hold its positives."""
+    folder = args.workdir.absolute() / split
     folder.mkdir(exist_ok=True)
-    kept = {}
-    for split, most in (("train", args.train_queries), (args.split, args.eval_queries)):
-        queries = read(args.data / f"queries.{split}.jsonl")[: most or None]
-        names = {row["id"] for row in queries}
-        lines = (args.data / f"qrels.{split}.tsv").read_text("utf-8").splitlines()
-        lines = [line for line in lines if line.split("\t")[0] in names]
-        kept.update(dict.fromkeys(line.split("\t")[1] for line in lines))
-        (folder / f"qrels.{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        write(folder / f"queries.{split}.jsonl", queries)
+    for name in (f"queries.{split}.jsonl", f"qrels.{split}.tsv"):
+        shutil.copy(args.data / name, folder / name)
+    with (folder / f"qrels.{split}.tsv").open(encoding="utf-8") as file:
+        judged = {line.split("\t")[1] for line in file}
     corpus = read(args.data / "corpus.jsonl")
-    others = [row["id"] for row in corpus if row["id"] not in kept]
-    left = max(args.passages - len(kept), 0) if args.passages else len(others)
-    chosen = np.random.default_rng(0).permutation(len(others))[:left]
-    kept.update(dict.fromkeys(others[i] for i in chosen))
-    write(folder / "corpus.jsonl", [row for row in corpus if row["id"] in kept])
+    titles = {row["title"] for row in corpus if row["id"] in judged}
+    write(folder / "corpus.jsonl", [row for row in corpus if row["title"] in titles])
     return folder
 
 
@@ -132,16 +124,16 @@ def write(path, rows):
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def write_random(corpus, mined, output, count):
-    """The rows of `mined` with negatives drawn from all passages that aren't positives."""
-    rows = read(corpus)
-    passages = [f"{row.get('title') or ''} {row['text']}".strip() for row in rows]
+def with_random(rows, corpus):
+    """`rows` with as many negatives, drawn from all passages that aren't positives."""
+    passages = [f"{row['title']} {row['text']}".strip() for row in corpus]
     made = []
-    for i, row in enumerate(read(mined)):
-        order = np.random.default_rng((0, i)).choice(len(passages), 2 * count, replace=False)
-        texts = [passages[n] for n in order if passages[n] not in row["text_pos"]][:count]
+    for i, row in enumerate(rows):
+        order = np.random.default_rng((0, i)).permutation(len(passages))
+        others = (passages[n] for n in order if passages[n] not in row["text_pos"])
+        texts = list(itertools.islice(others, len(row["text_neg"])))
         made.append({k: row[k] for k in ("text", "text_pos", "type")} | {"text_neg": texts})
-    write(output, made)
+    return made
 
 
 def train(name, data, seed, args):
