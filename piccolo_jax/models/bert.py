@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from piccolo_jax.errors import UserError
-from piccolo_jax.ops.attention import LOG_SUM, attention
+from piccolo_jax.ops.attention import SOFTMAX, attention
 from piccolo_jax.ops.dropout import dropout, row_bits
 from piccolo_jax.ops.gelu import gelu
 from piccolo_jax.sharding import BATCH_AXES, Rules, constrain
@@ -26,7 +26,7 @@ from piccolo_jax.sharding import BATCH_AXES, Rules, constrain
 ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -228,7 +228,7 @@ class BertEncoder(nn.Module):
         layer = _Layer
         if self.remat != "none":
             policy = {
-                "dots": jax.checkpoint_policies.save_only_these_names(_KEPT, LOG_SUM),
+                "dots": jax.checkpoint_policies.save_only_these_names(_KEPT, SOFTMAX),
                 "full": jax.checkpoint_policies.nothing_saveable,
             }[self.remat]
             layer = nn.remat(_Layer, policy=policy, prevent_cse=False)
@@ -310,7 +310,8 @@ class _Layer(nn.Module):
         x = add_and_norm(x, dense(hidden, name="attention_output")(y), drops[0], "attention_norm")
 
         y = _not_fused(product(x, config.intermediate_size, "intermediate"))
-        activation = ACTIVATIONS[config.hidden_act]
+        exact = self.dtype == jnp.float32 or config.hidden_act != "gelu"
+        activation = ACTIVATIONS[config.hidden_act] if exact else gelu
         # Recomputed backwards even without remat: its parts are kept for every layer otherwise.
         y = jax.checkpoint(activation, prevent_cse=False)(y)
         y = constrain(y, BATCH_AXES, None, "tensor")

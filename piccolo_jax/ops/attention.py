@@ -25,7 +25,7 @@ KERNEL_LENGTH = 512
 # Queries whose scores are computed at a time where rows are: of 12 heads and a row of 512 tokens
 # they take 3 MB, which stays near the core, where those of the row take 12.
 _QUERIES = 128
-LOG_SUM = "attention_log_sum"  # what the backward pass of attention by rows reads, [R, N, L]
+SOFTMAX = "softmax"  # what the backward pass of attention by rows reads, [R, N, L]
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _LOG2_E = 1.4426950408889634
 
@@ -85,19 +85,19 @@ def _by_rows(
 def _forward_by_rows(
     query: Array, key: Array, value: Array, segments: Array, row_bits: Array | None, heads: int,
     rate: float,
-) -> tuple[Float[Array, "R L H"], Float[Array, "R N L"]]:  # fmt: skip
-    """The output, and the logarithm of the sum of exp(score) over the keys."""
+) -> tuple[Float[Array, "R L H"], Float[Array, "R N L"], Float[Array, "R N L"]]:  # fmt: skip
+    """The output, and of each query the largest score and the sum of exp(score - largest)."""
     _, length, hidden = query.shape
     dim = hidden // heads
     block = max(n for n in range(1, _QUERIES + 1) if length % n == 0)
     starts = jnp.arange(0, length, block, dtype=jnp.uint32)
 
-    def of_row(row: tuple[Any, ...]) -> tuple[Array, Array]:
+    def of_row(row: tuple[Any, ...]) -> tuple[Array, ...]:
         query, key, value, same, bits = row
         key, value = _heads_first(key, heads, (1, 2, 0)), _heads_first(value, heads, (1, 0, 2))
         query = jnp.moveaxis((query * dim**-0.5).reshape(-1, block, heads, dim), 2, 1)
 
-        def of_block(part: tuple[Array, ...]) -> tuple[Array, Array]:
+        def of_block(part: tuple[Array, ...]) -> tuple[Array, ...]:
             query, same, start = part
             scores = jnp.matmul(query, key, preferred_element_type=jnp.float32)
             scores = jnp.where(same, scores, _LOWEST)
@@ -109,13 +109,13 @@ def _forward_by_rows(
                 weights = jnp.where(kept, weights, 0)
             y = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
             y = (y / (total * (1 - rate))).astype(value.dtype)
-            return y, (largest + jnp.log(total))[..., 0]
+            return y, largest[..., 0], total[..., 0]
 
-        y, log_sum = jax.lax.map(of_block, (query, same.reshape(-1, block, length), starts))
-        return jnp.moveaxis(y, 1, 2).reshape(length, hidden), jnp.moveaxis(log_sum, 0, 1)
+        y, *sums = jax.lax.map(of_block, (query, same.reshape(-1, block, length), starts))
+        sums = (jnp.moveaxis(x, 0, 1).reshape(heads, length) for x in sums)
+        return jnp.moveaxis(y, 1, 2).reshape(length, hidden), *sums
 
-    y, log_sum = jax.lax.map(of_row, (query, key, value, _same(segments), row_bits))
-    return y, log_sum.reshape(-1, heads, length)
+    return jax.lax.map(of_row, (query, key, value, _same(segments), row_bits))
 
 
 def _save_by_rows(
@@ -123,22 +123,23 @@ def _save_by_rows(
     rate: float,
 ) -> tuple[Array, tuple[Any, ...]]:  # fmt: skip
     arrays = (query, key, value, segments, row_bits)
-    y, log_sum = _forward_by_rows(*arrays, heads, rate)
-    return y, (*arrays, checkpoint_name(log_sum, LOG_SUM))
+    y, *sums = _forward_by_rows(*arrays, heads, rate)
+    return y, (*arrays, *(checkpoint_name(x, SOFTMAX) for x in sums))
 
 
 def _pull_back_by_rows(heads: int, rate: float, saved: tuple[Any, ...], gradient: Array) -> Any:
-    """From the log-sums, as FlashAttention's (Dao 2023, arXiv 2307.08691, section 2.3)."""
-    query, key, value, segments, row_bits, log_sum = saved
+    """From the sums of the softmax, as FlashAttention's (arXiv 2205.14135, algorithm 4)."""
+    query, key, value, segments, row_bits, *sums = saved
     _, length, hidden = query.shape
     dim = hidden // heads
 
     def of_row(row: tuple[Any, ...]) -> tuple[Array, ...]:
-        query, key, value, same, bits, log_sum, gradient = row
+        query, key, value, same, bits, largest, total, gradient = row
         first, last = (1, 0, 2), (1, 2, 0)  # [heads, length, dim], [heads, dim, length]
         query = query * dim**-0.5
         scores = _product(_heads_first(key, heads, first), _heads_first(query, heads, last))
-        weights = jnp.exp(jnp.where(same, scores, _LOWEST) - log_sum[:, None])
+        weights = jnp.exp(jnp.where(same, scores, _LOWEST) - largest[:, None])
+        weights = weights * (1 / total)[:, None]
         kept = weights
         if rate:
             mask = _keep(bits, weights.shape, length, 2, 1, rate)
@@ -154,7 +155,7 @@ def _pull_back_by_rows(heads: int, rate: float, saved: tuple[Any, ...], gradient
             jnp.moveaxis(x, 0, 1).reshape(length, hidden).astype(query.dtype) for x in grads
         )
 
-    rows = (query, key, value, _same(segments), row_bits, log_sum, gradient)
+    rows = (query, key, value, _same(segments), row_bits, *sums, gradient)
     return *jax.lax.map(of_row, rows), None, None
 
 

@@ -1,4 +1,4 @@
-"""GELU against the error function in float64."""
+"""GELU by the tangent against the error function, in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,15 @@ SLOPE = 0.5 * (1 + erf(X.astype(np.float64) / np.sqrt(2)))
 SLOPE += X * np.exp(-0.5 * X.astype(np.float64) ** 2) / np.sqrt(2 * np.pi)
 
 
-def test_in_float32_value_and_gradient_are_gelu_s_to_rounding():
-    y, slope = jax.vmap(jax.value_and_grad(gelu))(jnp.asarray(X))
-    # The distribution is a sum with 0.5: its rounding, times x.
-    assert (np.abs(y - EXACT) <= 2e-7 * np.abs(X)).all()
-    np.testing.assert_allclose(slope, SLOPE, rtol=0, atol=5e-7)
+def test_gelu_is_within_the_error_that_it_states():
+    error = np.abs(gelu(jnp.asarray(X)) - EXACT)
+    # Beside the approximation's, the rounding of a float32 as large as x.
+    assert (error <= 2.6e-5 + 2e-7 * np.abs(X)).all()
 
 
-def test_its_gradient_in_bfloat16_is_gelu_s_within_one_rounding():
-    x = jnp.asarray(X, jnp.bfloat16)
-    slope = np.asarray(jax.vmap(jax.grad(gelu))(x), np.float64)
-    wide = np.asarray(x, np.float64)
-    exact = 0.5 * (1 + erf(wide / np.sqrt(2)))
-    exact += wide * np.exp(-0.5 * wide**2) / np.sqrt(2 * np.pi)
-    assert (np.abs(slope - exact) <= 2**-8 * np.abs(exact) + 6e-5).all()
+def test_its_gradient_is_that_of_gelu():
+    slope = jax.vmap(jax.grad(gelu))(jnp.asarray(X))
+    np.testing.assert_allclose(slope, SLOPE, rtol=0, atol=6e-5)
 
 
 def test_in_bfloat16_it_is_gelu_within_one_rounding():
