@@ -5,8 +5,9 @@
 
 MODEL is a Hugging Face directory of the BERT family; DATA the folder with the files that common.py
 lists. For each dataset each contender is a process of its own, which waits while another computes.
-It does a step that isn't counted (it warms up, and compiles), then `rounds` steps, in an order that
-turns. docs/benchmarks.md says what is compared with what.
+It does a step that isn't counted (it warms up, and compiles), then `rounds` times two, in an order
+that turns, of which the second counts: in a run, too, a step follows a step. docs/benchmarks.md
+says what is compared with what.
 """
 
 import argparse
@@ -125,7 +126,7 @@ def run(settings: Settings, names: list[str], rounds: int) -> dict[str, Any]:
     prepare: dict[str, dict[str, float]] = {name: {} for name in names}
     reports: dict[str, dict[str, list[StepReport]]] = {}
     warm_up: dict[str, dict[str, StepReport]] = {}
-    steps_in_all = len(names) * len(settings.datasets) * (rounds + 3)
+    steps_in_all = len(names) * len(settings.datasets) * (2 * rounds + 3)
     with tqdm.tqdm(total=steps_in_all, unit=" steps") as bar:
 
         def ask(process: Process, what: str, *arguments: Any) -> Any:
@@ -143,10 +144,13 @@ def run(settings: Settings, names: list[str], rounds: int) -> dict[str, Any]:
                 peaks[name] = max(peaks[name], ask(processes[-1], "peak"))
             warm_up[dataset] = {p.name: ask(p, "step", dataset, 0) for p in processes}
             reports[dataset] = {name: [] for name in names}
-            for use in range(1, rounds + 1):
-                turn = use % len(processes)
-                for process in processes[turn:] + processes[:turn]:
-                    reports[dataset][process.name].append(ask(process, "step", dataset, use))
+            for turn in range(rounds):
+                first = turn % len(processes)
+                for process in processes[first:] + processes[:first]:
+                    # Not counted: brings back what the others' steps pushed out of memory.
+                    ask(process, "step", dataset, 2 * turn + 1)
+                    report = ask(process, "step", dataset, 2 * turn + 2)
+                    reports[dataset][process.name].append(report)
             for process in processes:
                 peaks[process.name] = max(peaks[process.name], ask(process, "peak"))
                 memory[process.name] = max(memory[process.name], process.ask("peak_memory"))
