@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -12,8 +11,7 @@ import threadpoolctl
 
 from piccolo_jax.mining import select
 
-# Of a thread at a time, at most: their scores of a tile of 2048 keys, 8 MiB, stay in cache.
-_QUERIES = 1024
+_QUERIES = 1024  # of a thread at a time: their scores of a tile of 2048 keys, 8 MiB, stay in cache
 
 
 def nearest(
@@ -40,8 +38,6 @@ def nearest(
     best = np.full((len(queries), k), select.NONE)
     scores, indices = np.full(best.shape, -np.inf, np.float32), np.full(best.shape, -1)
     own = _Own()
-    # Blocks of one size, so that no thread waits long for another's last one.
-    size = math.ceil(len(queries) / max(math.ceil(len(queries) / _QUERIES), 1))
 
     def pass_tiles(
         start: int,
@@ -50,7 +46,7 @@ def nearest(
         num_keys: int,
         last: bool,
     ) -> None:
-        rows = slice(start, min(start + size, len(queries)))
+        rows = slice(start, min(start + _QUERIES, len(queries)))
         floor = None
         if sample is not None:
             floor = select.floor(_product(queries[rows], sample, own), num_keys, k)
@@ -77,7 +73,7 @@ def nearest(
             num_keys = sum(len(keys) for _, keys in tiles)
             # Later blocks begin with the thresholds of the first.
             sample = _sample(tiles, num_keys) if block is blocks[0] else None
-            starts = range(0, len(queries), max(size, 1))
+            starts = range(0, len(queries), _QUERIES)
             passing = functools.partial(
                 pass_tiles, tiles=tiles, sample=sample, num_keys=num_keys, last=block is blocks[-1]
             )
