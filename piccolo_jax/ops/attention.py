@@ -25,7 +25,7 @@ KERNEL_LENGTH = 512
 # Queries whose scores are computed at a time where rows are: of 12 heads and a row of 512 tokens
 # they take 3 MB, which stays near the core, where those of the row take 12.
 _QUERIES = 128
-SOFTMAX = "softmax"  # what the backward pass of attention by rows reads, [R, N, L]
+SOFTMAX = "softmax"  # names what the backward pass of attention by rows keeps, [R, N, L]
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _LOG2_E = 1.4426950408889634
 
@@ -70,8 +70,8 @@ def attention(
 
 # Attention by rows. Of XLA for CPUs two things are measured (docs/benchmarks.md): `x[:, None] == x`
 # of a row that a loop cuts out takes ten times as long as exp, so the mask is made before the loop;
-# and products that add over the first axis of scores move them, so backwards they are
-# [keys, queries], where one of four does and it moves the small factor instead.
+# and a product moves a left factor that it adds over the rows of, so backwards scores are
+# [keys, queries]: two products then take them as they are and the third as its right factor.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -147,7 +147,7 @@ def run(settings: Settings, names: list[str], rounds: int) -> dict[str, Any]:
             for turn in range(rounds):
                 first = turn % len(processes)
                 for process in processes[first:] + processes[:first]:
-                    # Not counted: brings back what the others' steps pushed out of memory.
+                    # Not counted: after a wait a step takes longer, for some contenders much.
                     ask(process, "step", dataset, 2 * turn + 1)
                     report = ask(process, "step", dataset, 2 * turn + 2)
                     reports[dataset][process.name].append(report)
