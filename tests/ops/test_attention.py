@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from piccolo_jax.ops.attention import attention
+from piccolo_jax.ops.attention import SOFTMAX, attention
 
 ROWS, LENGTH = 2, 32
 
@@ -66,3 +66,37 @@ def test_attention_by_rows_is_attention_in_value_and_gradient(length, rate):
 
     for a, e in zip(run(True), run(False), strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
+
+
+def test_attention_by_rows_in_bfloat16_is_attention_within_its_rounding():
+    inputs, segments, cotangent = arrays(48)
+    inputs = tuple(jnp.asarray(x, jnp.bfloat16) for x in inputs)
+
+    def run(by_rows):
+        def scalar(inputs):
+            y = attention(*inputs, segments, None, heads=3, rate=0.3, kernel=False, by_rows=by_rows)
+            assert y.dtype == jnp.bfloat16
+            return (y * cotangent).sum()
+
+        return jax.grad(scalar)(inputs)
+
+    for a, e in zip(run(True), run(False), strict=True):
+        assert a.dtype == jnp.bfloat16
+        a, e = np.asarray(a, np.float32), np.asarray(e, np.float32)
+        np.testing.assert_allclose(a, e, rtol=0, atol=2**-6 * np.abs(e).max())
+
+
+def test_the_backward_pass_by_rows_computes_scores_once_from_what_is_kept():
+    inputs, segments, _ = arrays(48)
+    kept = jax.checkpoint_policies.save_only_these_names(SOFTMAX)
+
+    def scalar(inputs):
+        return attention(
+            *inputs, segments, None, heads=3, rate=0.0, kernel=False, by_rows=True
+        ).sum()
+
+    def exps(policy):
+        gradient = jax.grad(jax.checkpoint(scalar, policy=policy))
+        return str(jax.make_jaxpr(gradient)(inputs)).count(" exp ")
+
+    assert exps(jax.checkpoint_policies.nothing_saveable) == exps(kept) + 1
