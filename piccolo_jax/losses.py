@@ -19,6 +19,8 @@ from piccolo_jax.sharding import BATCH_AXES, constrain
 
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 
+_SAME_COSINE = 1e-6  # of equal texts' embeddings, in float32, by two orders of summation
+
 
 class Logits(NamedTuple):
     """The logit of a cosine, of something that belongs to a row and of something that doesn't."""
@@ -111,7 +113,9 @@ def info_nce(
     queries, positives = vectors[:, 0], vectors[:, 1:]
     cosines = contrastive.paired_cosines(queries[:, None], positives, dims)
     farthest = jnp.where(positive_keep, cosines[-1], jnp.inf).min(axis=1)
-    limit = None if false_negative_margin is None else farthest + false_negative_margin
+    limit = None
+    if false_negative_margin is not None:
+        limit = farthest + false_negative_margin + _SAME_COSINE
     score = logits(temperature, circle_margin, hardness)
     own_documents = jnp.where(positive_keep, positive, -1)
     sides = {

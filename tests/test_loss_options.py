@@ -213,6 +213,20 @@ def test_the_share_of_false_negatives_is_reported():
     assert "false_negatives" not in losses.info_nce(e, *rows, **options)[1]
 
 
+def test_what_is_as_near_as_the_positive_stays_at_a_margin_of_0():
+    rows, width = 64, 256
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(rows, width))
+    document = query + rng.normal(size=(rows, width))
+    e = np.concatenate([query, document, document]).astype(np.float32)  # two texts, cut to the same
+    at = np.arange(rows)
+    _, metrics = losses.info_nce(
+        e, at, at + rows, at[:, None] + 2 * rows, np.ones((rows, 1), bool), dims=(width,),
+        temperature=TEMPERATURE, false_negative_margin=0.0,
+    )  # fmt: skip
+    assert metrics["false_negatives"] == 0
+
+
 def test_a_row_without_others_and_with_a_masked_positive_has_a_finite_gradient():
     def loss(e):  # text 0, where the masked positive points, is no document
         return losses.info_nce(

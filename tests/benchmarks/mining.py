@@ -8,7 +8,8 @@ Without --model a text's vector is the sum of random ones, of 384 dimensions, fo
 characters; with it, the model's embedding, cached. It is widened to each of --dims by an orthogonal
 map, which keeps all cosines. In each round both search in turn, the order alternating,
 each in a process of its own, so that its peak memory is its own; the best time of each counts.
-Filling faiss's index is not timed; cutting, normalising and placing the corpus here is.
+Both are timed from vectors in a file to neighbours, which here includes normalising them and there
+filling the index; faiss's search alone is printed too.
 """
 
 import argparse
@@ -123,10 +124,11 @@ def compare(folder, dim, k, args):
             f"  {name:5}  {seconds:8.2f} s  ({best[name]['cpu']:.2f} CPU s,"
             f" {flops / seconds / 1e9:.0f} GFLOP/s)  peak {peaks[name] / 2**30:.2f} GiB"
         )
-    ratio = best["faiss"]["seconds"] / best["ours"]["seconds"]
+    ours = best["ours"]["seconds"]
+    whole, alone = best["faiss"]["seconds"] / ours, best["faiss"]["searching"] / ours
     print(
-        f"  faiss / ours {ratio:.2f}; the same neighbour at {same:.5%} of places, elsewhere scores"
-        f" within {worst:.1e}",
+        f"  faiss / ours {whole:.2f} (its search alone {alone:.2f}); the same neighbour at"
+        f" {same:.5%} of places, elsewhere scores within {worst:.1e}",
         flush=True,
     )
 
@@ -143,14 +145,17 @@ def agreement(folder):
 def worker(name, folder, k):
     corpus = np.load(f"{folder}/corpus.npy", mmap_mode="r")
     queries = np.load(f"{folder}/queries.npy")
+    searching = []
     if name == "faiss":
         import faiss
 
-        index = faiss.IndexFlatIP(corpus.shape[1])
-        index.add(corpus)
-
         def run(queries):
-            return index.search(queries, k)
+            index = faiss.IndexFlatIP(corpus.shape[1])
+            index.add(corpus)
+            started = time.perf_counter()
+            found = index.search(queries, k)
+            searching.append(time.perf_counter() - started)
+            return found
     else:
         from piccolo_jax import sharding
         from piccolo_jax.config import MeshConfig
@@ -166,6 +171,7 @@ def worker(name, folder, k):
     cpu, started = time.process_time(), time.perf_counter()
     scores, indices = run(queries)
     report = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
+    report["searching"] = searching[-1] if searching else report["seconds"]
     np.save(f"{folder}/{name}.scores.npy", scores)
     np.save(f"{folder}/{name}.indices.npy", indices)
     report["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
