@@ -207,7 +207,8 @@ def test_eight_devices_give_what_one_gives(on_meshes, mesh, task):
 @pytest.mark.parametrize("task", BATCHES)
 @pytest.mark.parametrize("mesh", ["x".join(map(str, sizes)) for sizes in CHUNKED])
 def test_chunks_of_rows_give_the_loss_and_gradients_of_the_whole(on_meshes, mesh, task):
-    # With dropout. The norm of the difference, relative; and each array as between meshes.
+    # With dropout. The norm of the difference, relative; and each array as between meshes. Rounding
+    # alone makes it 0.9e-6 with AVX-512 and, over several devices, 1.3e-6 with AVX2.
     arrays, _ = on_meshes
     whole = {name: a for name, a in arrays.items() if name.startswith(f"whole/{mesh}/{task}/")}
     assert len(whole) > 20
@@ -221,7 +222,7 @@ def test_chunks_of_rows_give_the_loss_and_gradients_of_the_whole(on_meshes, mesh
         if not name.endswith("/loss"):
             difference += ((actual - expected) ** 2).sum()
             total += (expected**2).sum()
-    assert difference**0.5 < 1e-6 * total**0.5
+    assert difference**0.5 < 1.5e-6 * total**0.5
 
 
 @pytest.mark.parametrize("task", BATCHES)
