@@ -27,14 +27,14 @@ def shared():
 
 @pytest.fixture(scope="session")
 def run_python():
-    """run_python(*arguments, devices=1, check=True, env={}): Python in a process of its own."""
+    """run_python(*arguments, devices=1, check=True, env={}, xla_flags=""): Python in a process."""
 
-    def run(*arguments, devices=1, check=True, env=None):
+    def run(*arguments, devices=1, check=True, env=None, xla_flags=""):
         env = {
             **os.environ,
             **(env or {}),
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags}",
         }
         done = subprocess.run(
             [sys.executable, *map(str, arguments)],

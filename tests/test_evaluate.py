@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import jax
 import mteb
 import numpy as np
 import pytest
@@ -41,6 +42,9 @@ def run_folder(tmp_path_factory):
     config.data.datasets[0].passage_prompt = PROMPTS["document"]
     parts = build.build(config)
     params = small.params(parts)
+    # mteb's logistic regression stops after 100 steps, long before it converges on vectors of
+    # length 10: then their rounding turns single predictions. Cosines stay as they are.
+    params["scaling"] = jax.tree.map(lambda x: x / 10, params["scaling"])
     small.save_run(workdir, config, parts, params)
     export.write(workdir / "export", params, parts, config)
     return workdir
@@ -115,12 +119,9 @@ def test_figures_are_those_of_mteb_with_sentence_transformers(model, data, evalu
     for name, result in expected.items():
         [a], [b] = ours[name].scores["test"], result.scores["test"]
         assert set(a) == set(b)
-        # This model's classifiers guess: rounding of 1e-7 in its vectors, which differs between
-        # processors, turns one to three of 380 predictions.
-        limit = 1e-2 if name == f"{NAMES['Classification']}.test" else 1e-3
         for score, value in b.items():
             if isinstance(value, float) and "nauc" not in score:
-                assert a[score] == pytest.approx(value, abs=limit, nan_ok=True), (name, score)
+                assert a[score] == pytest.approx(value, abs=1e-3, nan_ok=True), (name, score)
 
 
 def test_results_are_in_mteb_s_schema_with_its_metrics(evaluated):

@@ -183,7 +183,11 @@ def on_meshes(run_python, tmp_path_factory):
     out = tmp_path_factory.mktemp("mesh") / "out.npz"
     # Compiling is nearly all of its time.
     env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = run_python(Path(__file__).with_name("mesh_steps.py"), out, devices=8, env=env)
+    # YNNPACK's products, XLA's default, round more: with AVX2 chunks were 1.3e-6 from the whole,
+    # with XLA's own 0.9e-6.
+    flags = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INVALID"
+    script = Path(__file__).with_name("mesh_steps.py")
+    done = run_python(script, out, devices=8, env=env, xla_flags=flags)
     return dict(np.load(out)), done.stderr
 
 
@@ -207,8 +211,7 @@ def test_eight_devices_give_what_one_gives(on_meshes, mesh, task):
 @pytest.mark.parametrize("task", BATCHES)
 @pytest.mark.parametrize("mesh", ["x".join(map(str, sizes)) for sizes in CHUNKED])
 def test_chunks_of_rows_give_the_loss_and_gradients_of_the_whole(on_meshes, mesh, task):
-    # With dropout. The norm of the difference, relative; and each array as between meshes. Rounding
-    # alone makes it 0.9e-6 with AVX-512 and, over several devices, 1.3e-6 with AVX2.
+    # With dropout. The norm of the difference, relative; and each array as between meshes.
     arrays, _ = on_meshes
     whole = {name: a for name, a in arrays.items() if name.startswith(f"whole/{mesh}/{task}/")}
     assert len(whole) > 20
@@ -222,7 +225,7 @@ def test_chunks_of_rows_give_the_loss_and_gradients_of_the_whole(on_meshes, mesh
         if not name.endswith("/loss"):
             difference += ((actual - expected) ** 2).sum()
             total += (expected**2).sum()
-    assert difference**0.5 < 1.5e-6 * total**0.5
+    assert difference**0.5 < 1e-6 * total**0.5
 
 
 @pytest.mark.parametrize("task", BATCHES)
