@@ -4,7 +4,7 @@
         [--weights=average|last]] [--dims=256,512]
 
 Compares OUT with the reference that `export` wrote into it from the trained parameters, part by
-part: tokenizer, prompts, backbone, pooling, scaling layer, ONNX file, and the vectors of
+part: tokenizer, prompts, backbone, pooling, scaling layer, prefixes, ONNX file, and the vectors of
 sentence-transformers and JAX at every prefix. With --workdir the reference is computed anew from
 the run's checkpoint. Without either, as of a directory from elsewhere, sentence-transformers
 and JAX are compared with each other. Exits with 1 if anything differs, 2 if OUT can't be used.
@@ -13,6 +13,7 @@ Needs sentence-transformers and torch (requirements-dev.txt).
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,9 @@ def main(argv: list[str]) -> int:
         for finding in _findings(args.model, reference, stored, dims, columns):
             findings.append(finding)
     except UserError as error:
-        if different := _different(findings):
-            raise UserError(f"{error}\ndifferent: {', '.join(different)}") from error
-        raise
+        if not _different(findings):
+            raise
+        print(error, file=sys.stderr)  # likely of what is known to differ
     _print(findings, columns, dims)
     if different := _different(findings):
         print(f"different: {', '.join(different)}")

@@ -161,7 +161,8 @@ def write(folder: Path, entry: Entry) -> None:
     merged["summary"] = summary(merged)
     content = {"schema": _SCHEMA, "models": [*(e for e in entries if e not in same), merged]}
     partial = path.with_name(f"{FILE}.partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    text = json.dumps(_without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -173,7 +174,10 @@ def read(path: Path) -> list[Entry]:
             raise ValueError(f"schema {content['schema']}, not {_SCHEMA}")
         for entry in content["models"]:
             for task in entry["tasks"].values():
-                task["scores"] = {int(dim): value for dim, value in task["scores"].items()}
+                task["scores"] = {
+                    int(dim): {k: math.nan if v is None else v for k, v in scores.items()}
+                    for dim, scores in task["scores"].items()
+                }
             label(entry), entry["dims"]
         return list(content["models"])
     except FileNotFoundError:
@@ -241,6 +245,15 @@ def _draw(entries: Sequence[Entry], published: bool) -> Any:
     handles, names = axes[0].get_legend_handles_labels()
     made.legend(handles, names, loc="outside lower center", fontsize=8)
     return made
+
+
+def _without_nan(value: Any) -> Any:
+    """With null for what is no number in JSON, such as a correlation with a constant."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _percent(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Whether the files of an export are those that were written: weights, sizes, vocabulary, ONNX.
+"""Whether the files of an export are those that were written: weights, sizes, vocabulary, ...
 
 What no text shows, such as a weight of a token that none of them has.
 """
@@ -27,13 +27,14 @@ def compare(directory: Path, reference: Reference) -> Iterator[Finding]:
     for file in sorted(known["tensors"] | here):
         part = _PARTS.get(file.split("/")[0], "backbone")
         yield _compare_names(part, file, known["tensors"].get(file), here.get(file))
-    config = _read_json(directory / "config.json")
-    changed = [
-        f"{name} = {config.get(name)!r}, exported {value!r}"
-        for name, value in known["config"].items()
-        if name not in _NOT_COMPARED and config.get(name) != value
-    ]
-    yield Finding("backbone", f"config.json: {', '.join(changed) or 'as exported'}", not changed)
+    config = {k: value for k, value in known["config"].items() if k not in _NOT_COMPARED}
+    yield _compare_fields("backbone", directory, "config.json", config)
+    if reference.about["scaling"]:
+        width, embed_dim = reference.pooled.shape[1], reference.embeddings.shape[1]
+        sizes = {"in_features": width, "out_features": embed_dim, "bias": True}
+        yield _compare_fields("scaling layer", directory, "2_Dense/config.json", sizes)
+    dims = {"matryoshka_dims": reference.dims}
+    yield _compare_fields("prefixes", directory, "config_sentence_transformers.json", dims)
     for file, digest in references.vocabulary_digests(directory).items():
         same = known["vocabulary"].get(file) == digest
         yield Finding("tokenizer", f"{file}: vocabulary{'' if same else ' changed'}", same)
@@ -56,6 +57,18 @@ def _compare_token_ids(path: Path, reference: Reference) -> Finding:
     different = sum(list(here.ids) != list(ours) for here, ours in pairs)
     what = f"differ in {different} of {len(encodings)} texts" if different else "as exported"
     return Finding("tokenizer", f"{path.name}: token ids {what}", not different)
+
+
+def _compare_fields(part: str, directory: Path, file: str, known: dict[str, Any]) -> Finding:
+    if not (directory / file).exists():
+        return Finding(part, f"{file}: is missing", False)
+    here = _read_json(directory / file)
+    changed = [
+        f"{name} = {here.get(name)!r}, exported {value!r}"
+        for name, value in known.items()
+        if here.get(name) != value
+    ]
+    return Finding(part, f"{file}: {', '.join(changed) or 'as exported'}", not changed)
 
 
 def _compare_names(
