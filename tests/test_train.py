@@ -10,10 +10,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import pytest
 import small
-from jax.experimental.compilation_cache import compilation_cache
 from small import ROOT, TASKS, one_error, run_command, snapshot
 
 from piccolo_jax import config as config_lib
@@ -39,27 +37,12 @@ cli.run(train.main)
 
 
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """A cache of compiled programs for all processes, which would take most of the time."""
-    directory = str(tmp_path_factory.mktemp("compiled"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
-        patch.setenv("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-        before = jax.config.jax_compilation_cache_dir
-        jax.config.update("jax_compilation_cache_dir", directory)
-        compilation_cache.reset_cache()
-        yield
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return small.write_training_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")
-def run(files, compiled_once):
+def run(files):
     """run(workdir, *flags, program=...): the main program in a process of its own."""
 
     def run(workdir, *flags, program=("-m", "piccolo_jax.train")):
@@ -74,7 +57,7 @@ def run(files, compiled_once):
 
 
 @pytest.fixture(scope="module")
-def run_here(files, compiled_once):
+def run_here(files):
     """run_here(workdir, *flags): exit code of the main program in this process."""
 
     def run_here(workdir, *flags):

@@ -50,8 +50,6 @@ def runs(tmp_path_factory):
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{files}",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
     quick = "--xla_backend_optimization_level=0"
 

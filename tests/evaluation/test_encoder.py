@@ -13,6 +13,8 @@ from piccolo_jax.data.tokenizer import Tokenizer
 from piccolo_jax.evaluation import encoder
 from piccolo_jax.models.embedder import Embedder
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 MAX_LENGTH = 48
 TEXTS = [
     "检索重排相似度分类与聚类都用同一个向量模型"[: 1 + i % 21] * (1 + i % 7) for i in range(150)
