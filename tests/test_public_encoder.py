@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import small
+from sentence_transformers import SentenceTransformer
 
 import piccolo_jax
 from piccolo_jax import build, export
@@ -76,6 +77,23 @@ def test_rows_are_float32_of_length_1(encoder, raw):
     assert (rows.dtype, rows.shape) == (np.float32, (len(TEXTS), WIDTH))
     np.testing.assert_allclose(rows, unit(raw), atol=1e-6)
     assert encoder.width == WIDTH
+
+
+def test_a_normalize_module_acts_before_a_cut_that_is_not_normalised_again(
+    directory, raw, tmp_path
+):
+    shutil.copytree(directory, tmp_path / "normalizing")
+    modules = tmp_path / "normalizing" / "modules.json"
+    listed = json.loads(modules.read_text("utf-8"))
+    kind = "sentence_transformers.models.Normalize"
+    listed.append({"idx": 3, "name": "3", "path": "3_Normalize", "type": kind})
+    modules.write_text(json.dumps(listed))
+    normalizing = piccolo_jax.Encoder.load(tmp_path / "normalizing")
+    rows = normalizing.encode(TEXTS, dim=7, normalize=False)
+    np.testing.assert_allclose(rows, unit(raw)[:, :7], atol=1e-6)
+    np.testing.assert_allclose(normalizing.encode(TEXTS, dim=7), unit(raw[:, :7]), atol=1e-6)
+    theirs = SentenceTransformer(str(tmp_path / "normalizing"), truncate_dim=7).encode(TEXTS)
+    np.testing.assert_allclose(rows, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("dim", [1, 8, np.int64(29), WIDTH])
