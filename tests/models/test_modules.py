@@ -117,6 +117,16 @@ def normalize():
     return modules.Normalize()
 
 
+def test_a_dense_layer_that_names_no_bias_has_one(tmp_path):
+    backbone = transformer(tmp_path / "hf", "bert", max_seq_length=LENGTH)
+    path = save(tmp_path / "named", backbone, modules.Pooling(HIDDEN, "mean"), dense(30))
+    config = path / "2_Dense" / "config.json"
+    about = json.loads(config.read_text())
+    assert about.pop("bias") is True
+    config.write_text(json.dumps(about))
+    assert_same_vectors(path)
+
+
 @pytest.mark.parametrize(
     ("family", "pooling", "rest"),
     [
