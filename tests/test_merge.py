@@ -45,7 +45,12 @@ def run(output, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("flags", "weights"), [((), (1 / 3,) * 3), (("--weights=3,1,0",), (0.75, 0.25, 0))]
+    ("flags", "weights"),
+    [
+        ((), (1 / 3,) * 3),
+        (("--weights=3,1,0",), (0.75, 0.25, 0)),
+        (("--weights=0,1,1",), (0, 0.5, 0.5)),
+    ],
 )
 def test_a_linear_merge_is_the_weighted_mean(models, tmp_path, flags, weights):
     assert run(tmp_path / "out", *models, *flags) == 0
@@ -218,6 +223,13 @@ def test_models_that_differ_are_refused_with_the_field(models, copied, tmp_path,
     assert said.count("\n") == 2  # no other field
     assert str(copied) in said
     assert not (tmp_path / "out").exists()
+
+
+def test_models_may_differ_in_dropout(models, copied, tmp_path):
+    path = copied / "config.json"
+    values = json.loads(path.read_text()) | {"hidden_dropout_prob": 0.3}
+    path.write_text(json.dumps(values))
+    assert run(tmp_path / "out", models[0], copied) == 0
 
 
 def test_models_of_other_sizes_are_refused(models, tmp_path, capsys):

@@ -10,6 +10,7 @@ from small import run_command
 
 from piccolo_jax import build, export, verify
 from piccolo_jax.exporting.layout import Options
+from piccolo_jax.verifying import served
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 POSITIONS = "embeddings.position_embeddings.weight"
@@ -274,6 +275,29 @@ def test_without_a_reference_both_read_the_directory_and_no_more_is_said(copied,
     remove_activation(copied)
     assert run_command(verify.main, copied) == 2
     assert "2_Dense/config.json: activation_function" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize(("part", "code"), [(0.5, 0), (2.0, 1)])
+def test_vectors_may_differ_by_the_tolerance_and_no_more(
+    copied, monkeypatch, capsys, part, code, reference
+):
+    if not reference:
+        (copied / "piccolo_jax.safetensors").unlink()
+    encode = served.encode
+
+    def turned(*arguments):
+        rows = encode(*arguments).astype(np.float64)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        aside = np.eye(rows.shape[1])[0] - rows[:, :1] * rows
+        aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+        cosine = 1 - part * verify.TOLERANCE
+        return (cosine * rows + np.sqrt(1 - cosine**2) * aside).astype(np.float32)
+
+    monkeypatch.setattr(served, "encode", turned)
+    assert run_command(verify.main, copied, "--dims=30") == code
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("different: " if code else "same vectors")
 
 
 def test_a_reference_that_can_t_be_read_is_an_error(copied, capsys):
