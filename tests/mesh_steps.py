@@ -4,8 +4,6 @@
 
 OUT.npz holds MESH/TASK/STEP/METRIC, and per parameter MESH/TASK/grads/PATH of the first step and
 MESH/TASK/params/PATH after the last; MESH/random/params/PATH are weights drawn by the seed.
-whole/MESH/TASK/PATH and chunks/MESH/TASK/PATH are loss and gradients with dropout, encoded at once
-and in chunks, layer by layer; all_reduces/{whole,chunks}/MESH/TASK the bytes of their all-reduces.
 """
 
 import sys
@@ -19,16 +17,11 @@ import tiny
 from piccolo_jax import build, optim, sharding
 from piccolo_jax.config import MeshConfig
 from piccolo_jax.data.loader import Batches
-from piccolo_jax.models.embedder import encode
-from piccolo_jax.planning import hlo_cost
-from piccolo_jax.planning.topology import CHIPS
 from piccolo_jax.tasks import TASKS
 from piccolo_jax.train_step import CompiledSteps
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2))
 RANDOM = ((1, 1, 1), (2, 2, 2))
-# Numbers of chunks, so that each has several rows.
-CHUNKED = {(1, 1, 1): 3, (2, 2, 2): 2, (4, 1, 1): 2}
 
 
 def recording(optimizer):
@@ -76,46 +69,7 @@ def main(out):
                 if step == 0:
                     arrays |= flat(f"{name}/grads", state.opt_state[0])
             arrays |= flat(f"{name}/params", state.params)
-    # Without optimisations a matrix product adds up one by one, which costs a digit.
-    jax.config.update("jax_disable_most_optimizations", False)
-    for sizes in CHUNKED:
-        arrays |= chunked(sizes)
     np.savez(out, **arrays)
-
-
-def chunked(sizes):
-    """Loss and gradients of a step with dropout, in chunks and whole."""
-    config, model = tiny.config(), tiny.embedder(dropout=0.2, for_cpu=True)
-    ways = {"whole": (model, 1), "chunks": (model.clone(unrolled=True), CHUNKED[sizes])}
-    config.train.micro_batches = CHUNKED[sizes]
-    for loss in (config.loss.retrieval, config.loss.similarity, config.loss.classification):
-        loss.temperature = 0.2  # divides the rounding of cosines, which is no matter of chunks
-    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-    params = jax.tree.map(jax.device_put, tiny.params(model), build.param_shardings(model, mesh))
-    arrays = {}
-    for task in TASKS:
-        config.batch_size = 39  # every device has several packed rows, and so has every chunk
-        batch = Batches(
-            config, [tiny.dataset(task)], TASKS, 32,
-            sharding.batch_shards_of(mesh), sharding.local_shards(mesh),
-        ).at(0)  # fmt: skip
-        values = sharding.global_batch(mesh, batch.sharded, batch.replicated)
-        for way, (model, chunks) in ways.items():
-
-            def loss(params, model=model, chunks=chunks, values=values, task=task):
-                embeddings = encode(model, params, values, jax.random.key(3), chunks)
-                return TASKS[task].loss(embeddings, values, config.loss)[0]
-
-            with jax.set_mesh(mesh):
-                step = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
-            value, grads = step(params)
-            name = f"{way}/{'x'.join(map(str, sizes))}/{task}"
-            arrays |= {f"{name}/loss": value} | flat(name, grads)
-            moved = hlo_cost.read(step.as_text(), CHIPS["v5e"]).collectives
-            arrays[f"all_reduces/{name}"] = sum(
-                c.bytes for (kind, _), c in moved.items() if kind == "all-reduce"
-            )
-    return arrays
 
 
 def flat(name, tree):
