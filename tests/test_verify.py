@@ -97,6 +97,10 @@ def name_other_prefixes(directory):
     edit(path, lambda values: values.update(matryoshka_dims=[8, 16]))
 
 
+def remove_what_names_the_prefixes(directory):
+    (directory / "config_sentence_transformers.json").unlink()
+
+
 def perturb_a_weight(directory):
     path, name = directory / "model.safetensors", "encoder.layer.1.output.dense.weight"
     change_tensor(path, name, lambda x: x + np.float32(0.05) * np.sign(x))
@@ -205,6 +209,7 @@ def test_a_faithful_export_passes_at_every_trained_prefix(run, run_python):
         (change_a_bias_a_little, "scaling layer"),
         (say_that_there_is_no_bias, "scaling layer"),
         (name_other_prefixes, "prefixes"),
+        (remove_what_names_the_prefixes, "prefixes, prompts"),
         (perturb_a_weight, "backbone"),
         (change_a_position_that_no_text_has, "backbone"),
         (change_the_heads, "backbone"),

@@ -1,4 +1,4 @@
-"""Whether the files of an export are those that were written: weights, sizes, vocabulary, ...
+"""Whether the files of an export are those that were written: weights, fields, vocabulary, ONNX.
 
 What no text shows, such as a weight of a token that none of them has.
 """

@@ -8,8 +8,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from piccolo_jax.ops.attention import SOFTMAX, attention
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 ROWS, LENGTH = 2, 32
 
 
