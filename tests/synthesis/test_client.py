@@ -12,13 +12,9 @@ from piccolo_jax.synthesis import client
 from piccolo_jax.synthesis.client import Endpoint, NoAnswerError, Options
 from piccolo_jax.synthesis.limits import Gate
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
 PROMPT = "写 2 个主题"
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(client, "LONGEST_WAIT", 0.02)
 
 
 def ask(behave, prompts=(PROMPT,), key=KEY, endpoint="", **options):
