@@ -22,6 +22,12 @@ import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# Files that take minutes, of few tests: begun first, so that no worker is left alone with one.
+LONGEST = ("test_chunk_steps.py", "test_train.py", "test_train_processes.py", "test_train_step.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chunk_steps import CHUNKED
+from small import OLDER_FUSIONS
 
 from piccolo_jax.tasks import TASKS
 
@@ -15,7 +16,7 @@ def steps(request, run_python, tmp_path_factory):
     out = tmp_path_factory.mktemp("chunks") / "out.npz"
     # YNNPACK's products, XLA's default, round more: with AVX2 chunks were 1.3e-6 from the whole,
     # with XLA's own 0.9e-6.
-    flags = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INVALID"
+    flags = f"--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INVALID {OLDER_FUSIONS}"
     script = Path(__file__).with_name("chunk_steps.py")
     done = run_python(script, request.param, out, devices=8, xla_flags=flags)
     return dict(np.load(out)), done.stderr

@@ -51,7 +51,7 @@ def runs(tmp_path_factory):
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{files}",
     }
-    quick = "--xla_backend_optimization_level=0"
+    quick = f"--xla_backend_optimization_level=0 {small.OLDER_FUSIONS}"
 
     def run(command, flags, workdir, xla_flags):
         return subprocess.run(

@@ -15,6 +15,7 @@ import optax
 import pytest
 import tiny
 from mesh_steps import MESHES
+from small import OLDER_FUSIONS
 
 from piccolo_jax import build, losses, optim, sharding, tasks
 from piccolo_jax.config import LossConfig, MeshConfig
@@ -183,7 +184,8 @@ def on_meshes(run_python, tmp_path_factory):
     out = tmp_path_factory.mktemp("mesh") / "out.npz"
     # Compiling is nearly all of its time.
     env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = run_python(Path(__file__).with_name("mesh_steps.py"), out, devices=8, env=env)
+    script = Path(__file__).with_name("mesh_steps.py")
+    done = run_python(script, out, devices=8, env=env, xla_flags=OLDER_FUSIONS)
     return dict(np.load(out)), done.stderr
 
 
