@@ -13,6 +13,7 @@ from sentence_transformers.sentence_transformer import modules
 
 from piccolo_jax import Encoder
 from piccolo_jax.errors import UserError
+from piccolo_jax.models.modules import read_transformer
 from piccolo_jax.models.pretrained import read_spec
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -264,12 +265,36 @@ def test_what_a_directory_says_wrongly_is_named(backbone, file, values, message,
     assert message in str(error.value)
 
 
+def test_a_dense_layer_that_names_no_activation_has_tanh_and_is_refused(backbone, tmp_path):
+    path = save(tmp_path / "m", backbone, mean(), dense(9))
+    file = path / "2_Dense" / "config.json"
+    values = json.loads(file.read_text())
+    del values["activation_function"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"activation_function = '\S+Tanh' \(Tanh if absent\)"):
+        Encoder.load(path)
+
+
+def test_pooling_that_names_no_mode_is_the_mean(backbone, tmp_path):
+    path = save(tmp_path / "m", backbone, mean())
+    sizes = {"word_embedding_dimension": HIDDEN}
+    (path / "1_Pooling" / "config.json").write_text(json.dumps(sizes))
+    assert_same_vectors(path)
+
+
 def test_the_prefix_that_a_directory_cuts_to_is_the_default(backbone, tmp_path):
     path = save(tmp_path / "m", backbone, mean(), truncate_dim=7)
     assert json.loads((path / "config_sentence_transformers.json").read_text())["truncate_dim"] == 7
     assert Encoder.load(path).encode(TEXTS).shape == (len(TEXTS), 7)
     assert Encoder.load(path).encode(TEXTS, dim=HIDDEN).shape == (len(TEXTS), HIDDEN)
     assert_same_vectors(path)
+
+
+def test_a_limit_of_thousands_of_tokens_is_read(backbone, tmp_path):
+    path = save(tmp_path / "m", backbone, mean())
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 8192}))
+    assert read_transformer(path) == (8192, False)
 
 
 def test_a_tokenizer_without_a_limit_leaves_that_of_the_positions(backbone, tmp_path):
