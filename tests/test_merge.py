@@ -248,6 +248,7 @@ def test_models_of_other_sizes_are_refused(models, tmp_path, capsys):
         ("--weights=1,-1", "must be 0 or greater"),
         ("--weights=0,0", "not all 0"),
         ("--weights=1,nan", "must be 0 or greater"),
+        ("--weights=1,inf", "must be 0 or greater"),
         ("--weights=1,x", "must be numbers"),
         ("--eval=nowhere.jsonl", "nowhere.jsonl"),
     ],
