@@ -167,6 +167,10 @@ def test_what_was_made_of_the_weights_of_an_input_is_not_copied(models, copied, 
     (copied / "onnx").mkdir()
     (copied / "onnx" / "config.json").write_text("{}")
     (copied / "piccolo_jax.safetensors").write_bytes(b"vectors of B")
+    shard = copied / "model-00001-of-00001.safetensors"
+    (copied / "model.safetensors").rename(shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(shard), shard.name)}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
     edit(copied / "config.json", lambda values: values.update(torch_dtype="float16"))
     assert run(tmp_path / "out", copied, models[0]) == 0
     files = set(snapshot(tmp_path / "out"))
