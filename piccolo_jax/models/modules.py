@@ -105,7 +105,7 @@ def read_transformer(folder: Path) -> tuple[int | None, bool]:
         path, field = folder / "tokenizer_config.json", "model_max_length"
         limit = read_json(path).get(field)
     if limit is not None:
-        if not isinstance(limit, int | float) or limit < _LEAST_LENGTH:
+        if not isinstance(limit, int | float) or not limit >= _LEAST_LENGTH:
             raise UserError(f"{path}: {field} = {limit!r}: must be {_LEAST_LENGTH} or more tokens")
         limit = int(min(limit, 2**31))  # tokenizers say 1e30 for none
     return limit, lower

@@ -238,6 +238,7 @@ def test_what_would_give_other_vectors_is_refused_by_name(backbone, rest, messag
         ("sentence_bert_config.json", {"max_seq_length": "9"}, "max_seq_length = '9'"),
         ("sentence_bert_config.json", {"do_lower_case": "yes"}, "do_lower_case = 'yes'"),
         ("tokenizer_config.json", {"model_max_length": True}, "model_max_length = True"),
+        ("tokenizer_config.json", {"model_max_length": float("nan")}, "model_max_length = nan"),
         ("config_sentence_transformers.json", {"model_type": "SparseEncoder"},
          "model_type = 'SparseEncoder'"),
         ("config_sentence_transformers.json", {"prompts": {"query": 3}}, "prompts = {'query': 3}"),
