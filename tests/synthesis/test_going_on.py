@@ -115,7 +115,9 @@ def test_a_budget_is_exceeded_by_the_requests_in_flight_at_most(output, capsys, 
 
 
 def test_concurrency_is_the_most_in_flight(output):
-    slow = lambda prompt, n: Reply(completion(chat_server.good_content(prompt)), delay=0.05)  # noqa: E731
+    def slow(prompt, n):
+        return Reply(completion(chat_server.good_content(prompt)), delay=0.05)
+
     with ChatServer(slow) as server:
         assert run(server, output, "--concurrency=5", count=40) == 0
         assert 3 <= server.most_in_flight <= 5
