@@ -1,6 +1,7 @@
 """The command against a real server on this machine, as a user runs it."""
 
 import collections
+import itertools
 import json
 import threading
 
@@ -220,14 +221,12 @@ def test_filters_drop_rows_and_the_report_counts_them(output, capsys):
         {"positive_document": "有人问：" + base["user_query"] + chat_server.han(5, 30),
          "user_query": base["user_query"]},
     ]  # fmt: skip
-    lock, seen = threading.Lock(), []
+    numbers = itertools.count()  # one request at a time
 
     def behave(prompt, n):
         if not is_example(prompt):
             return good(prompt)
-        with lock:
-            seen.append(prompt)
-            k = len(seen) - 1
+        k = next(numbers)
         made = chat_server.example(k if k != 9 else 8)
         return Reply(completion(json.dumps({**made, **(bad[k] if k < 4 else {})})))
 
@@ -276,14 +275,12 @@ def test_a_model_that_does_not_find_the_positive_drops_the_row(output, tmp_path)
         "桥梁结构的抗震设计",
         "古代诗歌研究综述",
     ]
-    lock, seen = threading.Lock(), []
+    numbers = itertools.count()  # one request at a time
 
     def behave(prompt, n):
         if not is_example(prompt):
             return good(prompt)
-        with lock:
-            seen.append(prompt)
-            k = len(seen) - 1
+        k = next(numbers)
         # The last query is about another paper than its positive.
         query = papers[k] + "啊" if k < 4 else papers[0] + "吗"
         positive = papers[k] + "呀" if k < 4 else "肝炎的临床治疗与观察"
