@@ -62,7 +62,12 @@ def run_python():
 
 @pytest.fixture(scope="module")
 def quick_compiling():
-    """For tests whose time is the compiler's: it leaves out optimisations within this module."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """For tests whose time is the compiler's: it leaves out optimisations within this module.
+
+    Also in the processes that they start.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)

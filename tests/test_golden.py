@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from small import run_command
 
-from piccolo_jax import embed, losses
+from piccolo_jax import embed, losses, train
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 RUNS = ("retri_1neg", "retri_0neg", "sts", "cls")
 BARE = (
@@ -88,13 +90,12 @@ def test_bare_losses_and_gradients(golden, name, kind):
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def run(golden, run_python, tmp_path_factory, request):
+def run(golden, tmp_path_factory, request):
     """Name and workdir of a finished run."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "golden.py").write_text(CONFIG.format(golden=str(golden), run=request.param))
-    run_python(
-        "-m", "piccolo_jax.train", f"--config={folder / 'golden.py'}", f"--workdir={folder}/run"
-    )
+    config = f"--config={folder / 'golden.py'}"
+    assert run_command(train.main, config, f"--workdir={folder / 'run'}") == 0
     return request.param, folder / "run"
 
 

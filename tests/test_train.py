@@ -18,6 +18,8 @@ from piccolo_jax import config as config_lib
 from piccolo_jax import metrics, train
 from piccolo_jax.evaluation import local
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 NO_EVALS = "--config.eval.datasets=()"
 # The main program, which gets a signal when it has logged a step and checkpoint 4 is complete.
 WITH_A_SIGNAL = """

@@ -182,10 +182,8 @@ def test_each_task_passes_its_own_options_to_its_loss(task):
 def on_meshes(run_python, tmp_path_factory):
     """What mesh_steps.py wrote, and its stderr."""
     out = tmp_path_factory.mktemp("mesh") / "out.npz"
-    # Compiling is nearly all of its time.
-    env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     script = Path(__file__).with_name("mesh_steps.py")
-    done = run_python(script, out, devices=8, env=env, xla_flags=OLDER_FUSIONS)
+    done = run_python(script, out, devices=8, xla_flags=OLDER_FUSIONS)
     return dict(np.load(out)), done.stderr
 
 

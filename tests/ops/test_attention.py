@@ -31,7 +31,7 @@ def test_the_kernel_is_attention_in_value_and_gradient(heads, hidden, rate):
             y = attention(*inputs, segments, bits, heads=heads, rate=rate, kernel=kernel)
             return (y * cotangent).sum(), jnp.where(segments[..., None] > 0, y, 0)
 
-        (_, y), gradients = jax.value_and_grad(scalar, has_aux=True)(inputs)
+        (_, y), gradients = jax.jit(jax.value_and_grad(scalar, has_aux=True))(inputs)
         return y, *gradients
 
     expected = run(False)
@@ -61,7 +61,7 @@ def test_attention_by_rows_is_attention_in_value_and_gradient(length, rate):
             )
             return (y * cotangent).sum(), y
 
-        (_, y), gradients = jax.value_and_grad(scalar, has_aux=True)(inputs)
+        (_, y), gradients = jax.jit(jax.value_and_grad(scalar, has_aux=True))(inputs)
         return y, *gradients
 
     for a, e in zip(run(True), run(False), strict=True):
@@ -78,7 +78,7 @@ def test_attention_by_rows_in_bfloat16_is_attention_within_its_rounding():
             assert y.dtype == jnp.bfloat16
             return (y * cotangent).sum()
 
-        return jax.grad(scalar)(inputs)
+        return jax.jit(jax.grad(scalar))(inputs)
 
     for a, e in zip(run(True), run(False), strict=True):
         assert a.dtype == jnp.bfloat16

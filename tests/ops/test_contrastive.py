@@ -1,3 +1,4 @@
+import functools
 from pathlib import Path
 
 import jax
@@ -107,15 +108,18 @@ def naive(queries, keys, weights, keep, dims, temperature):
     return jnp.stack(values)
 
 
+@functools.cache
 def in_float64(keys):
     """Value, and gradients of a weighted sum of it, of naive() on the arrays."""
     with jax.enable_x64(True):
         queries, all_keys, weights, keep, factors = (np.asarray(a, np.float64) for a in arrays())
-        rest = weights[:keys], keep[:, :keys] > 0, DIMS, TEMPERATURE
-        value = naive(queries, all_keys[:keys], *rest)
-        gradients = jax.grad(
-            lambda q, k: (naive(q, k, *rest) * factors).sum(), (0, 1)
-        )(queries, all_keys[:keys])  # fmt: skip
+
+        def scalar(q, k):
+            value = naive(q, k, weights[:keys], keep[:, :keys] > 0, DIMS, TEMPERATURE)
+            return (value * factors).sum(), value
+
+        run = jax.jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))
+        (_, value), gradients = run(queries, all_keys[:keys])
         return [np.asarray(x) for x in (value, *gradients)]
 
 
