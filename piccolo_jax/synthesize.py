@@ -40,6 +40,10 @@ def main(argv: list[str]) -> None:
     key = client.check_key(os.environ.get(args.key_variable, ""))
     client.check_url(options.url)
     templates = prompts.fingerprint(args.templates, plan.languages)
+    if args.filter_model:  # before anything is paid for
+        from piccolo_jax.synthesis import consistency
+
+        consistency.check_model(args.filter_model)
     folder = output.open_folder(args.output, output.settings_of(plan, args.model, templates))
     journal = Journal(folder / "journal.jsonl")
     try:
@@ -67,7 +71,7 @@ async def _ask(
     plan: Plan, journal: Journal, options: client.Options, key: str, args: argparse.Namespace
 ) -> Synthesis:
     gate = Gate(args.requests_per_minute, args.tokens_per_minute)
-    async with client.Endpoint(options, key, gate) as endpoint:
+    async with client.Endpoint(options, key, gate, journal.has_answers) as endpoint:
         synthesis = Synthesis(plan, journal, endpoint, args.concurrency)
         await synthesis.run()
         return synthesis

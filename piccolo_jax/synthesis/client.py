@@ -63,7 +63,7 @@ class _Message(pydantic.BaseModel):
 
 class _Choice(pydantic.BaseModel):
     message: _Message = _Message()
-    finish_reason: str | None = None
+    finish_reason: Any = None
 
 
 class _Usage(pydantic.BaseModel):
@@ -80,10 +80,12 @@ class Endpoint:
     """Sends requests to one endpoint: paced, with tries after errors, counting what happened.
 
     `failures` counts failed tries by kind, `answered` the answers. An async context manager.
+    `proven`: whether it has answered such requests before. If not, a refusal of the first ones ends
+    the run.
     """
 
-    def __init__(self, options: Options, key: str, gate: Gate):
-        self.options, self._gate = options, gate
+    def __init__(self, options: Options, key: str, gate: Gate, proven: bool = False):
+        self.options, self._gate, self._proven = options, gate, proven
         self._key = check_key(key)
         written = (self._key, repr(self._key)[1:-1], json.dumps(self._key)[1:-1])
         self._key_forms = set(written) if len(self._key) >= _SECRET_LENGTH else set()
@@ -194,7 +196,7 @@ class Endpoint:
             usage = _Usage(prompt_tokens=prompt, completion_tokens=estimate_tokens(content))
         return Answer(
             content=content,
-            finish_reason=self.redact(choice.finish_reason or ""),
+            finish_reason=self.redact(str(choice.finish_reason or "")),
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             estimated=estimated,
@@ -213,7 +215,7 @@ class Endpoint:
         if status in (408, 409, 429) or status >= 500:
             kind = "5xx" if status >= 500 else str(status)
             return _FailedTryError(kind, said, retry_after(error.response.headers))
-        if self.answered == 0:
+        if self.answered == 0 and not self._proven:
             return UserError(f"{where}; the endpoint can't take such requests (see --fields)")
         return _FailedTryError("refused", said)
 

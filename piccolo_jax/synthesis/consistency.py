@@ -21,6 +21,11 @@ _QUERIES_AT_ONCE = 1024
 _DOCUMENTS_AT_ONCE = 16384
 
 
+def check_model(model_dir: Path) -> None:
+    """Raises UserError if the folder holds no model that can filter."""
+    pretrained.read_spec(model_dir)
+
+
 def positive_ranks(
     model_dir: Path, rows: Sequence[Row], query_prompt: str | None, passage_prompt: str | None
 ) -> np.ndarray:

@@ -98,6 +98,11 @@ class Journal:
         """Gives the journal free."""
         os.close(self._file)
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether the endpoint has answered any request."""
+        return any(progress.attempts for progress in self.progress.values())
+
     def of(self, phase: Phase, number: int) -> Progress:
         """What has come of a request so far."""
         return self.progress.setdefault((phase, number), Progress())

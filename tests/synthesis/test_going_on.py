@@ -68,6 +68,22 @@ def test_after_sigkill_nothing_that_was_answered_is_asked_again(output, tmp_path
     ).read_bytes()
 
 
+def test_a_refusal_of_the_first_new_request_ends_no_run_that_has_answers(output):
+    with ChatServer() as server:
+        assert run(server, output, count=3) == 0
+        server.behave = lambda prompt, n: error(400, "bad words")
+        assert run(server, output, count=4) == 0
+        assert len(rows(output)) == 3
+        assert report(output)["examples"]["refused"] == 1
+
+
+def test_a_model_that_cannot_filter_is_said_before_anything_is_asked(output, tmp_path, capsys):
+    with ChatServer() as server:
+        assert run(server, output, f"--filter-model={tmp_path / 'none'}") == 2
+        assert not server.requests
+    assert "none" in small.one_error(capsys)
+
+
 def test_a_larger_count_asks_only_for_what_is_new(output):
     with ChatServer() as server:
         assert run(server, output, count=15) == 0
