@@ -72,9 +72,9 @@ def read(path: Path, wanted: collections.abc.Container[str] = (), progress: bool
     """The corpus of a file or directory with rows `{id, title, text}` or `{text}`.
 
     Of JSON lines only where they begin is kept in memory, 28 bytes a passage; of other kinds of
-    files, and compressed ones, the texts. `wanted`: the ids for `index` (`id` or `_id`). Passages
-    without text, or with what is no text, are left out. Raises UserError for broken lines, ids that
-    occur twice, and a file without passages.
+    files, and compressed ones, the texts. `wanted`: the ids for `index` (`id`, `_id` or `docid`).
+    Passages without text, or with what is no text, are left out. Raises UserError for broken lines,
+    ids that occur twice, and a file without passages.
     """
     texts: list[str] = []
     offsets, lengths = array("q"), array("i")
@@ -86,7 +86,7 @@ def read(path: Path, wanted: collections.abc.Container[str] = (), progress: bool
         if isinstance(row, NoRow):
             unusable.append(f"{place}: {row.reason}")
             continue
-        name = row.get("id", row.get("_id"))
+        name = row.get("id", row.get("_id", row.get("docid")))
         name = str(name) if isinstance(name, int) else name
         if name is not None and not isinstance(name, str):
             raise UserError(f"{place}: the id must be a text or a whole number")

@@ -1,8 +1,11 @@
 """The queries to mine negatives for, and what answers them."""
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from piccolo_jax.data import formats
 from piccolo_jax.errors import UserError
@@ -40,31 +43,52 @@ def read(path: str, corpus_path: str, split: str, progress: bool = True) -> Inpu
     folder = Path(path)
     if folder.is_dir() and list(folder.glob("queries*.jsonl")):
         return _read_beir(folder, Path(corpus_path or folder), split, progress)
-    queries, passages, notes = _read_training(path)
+    queries, ids, passages, notes = _read_training(path)
     if corpus_path:
-        corpus = _read_corpus(Path(corpus_path), (), progress)
+        wanted = {passage for of_query in ids for passage in of_query}
+        corpus = _read_corpus(Path(corpus_path), wanted, progress)
+        for n, own in enumerate(ids):
+            known = tuple(corpus.index[i] for i in own if i in corpus.index)
+            queries[n] = dataclasses.replace(queries[n], rows=known)
     else:
         corpus = corpus_lib.of_texts(passages, path)
     return Inputs(queries, corpus, (*notes, *_left_out(corpus)))
 
 
-def _read_training(path: str) -> tuple[list[Query], dict[str, None], list[str]]:
+def _read_training(
+    path: str,
+) -> tuple[list[Query], list[tuple[str, ...]], dict[str, None], list[str]]:
+    """Queries, the ids of what answers each, all passages, and notes."""
     source = formats.open_source(path, "retrieval")
-    queries, rejected = [], []
+    queries, ids, rejected = [], [], []
     passages: dict[str, None] = {}
-    for item in source:
+    answers = source.layout.columns[1]
+    rows: Iterable[tuple[str, Any]] = itertools.repeat(("", {}))
+    if answers == "positive_passages":
+        rows = source.rows
+    for item, (_, row) in zip(source, rows, strict=False):
         if isinstance(item, formats.Rejected):
             rejected.append(f"{item.place}: {item.reason}")
         elif isinstance(item, formats.RetrievalExample):
             queries.append(Query(item.query, item.positives))
+            ids.append(_docids(row.get(answers)))
             passages.update(dict.fromkeys((*item.positives, *item.negatives)))
     if not queries:
         first = f"; the first: {rejected[0]}" if rejected else ""
         raise UserError(f"{path}: no usable row{first}")
-    return queries, passages, _note(rejected, "rows of the queries")
+    return queries, ids, passages, _note(rejected, "rows of the queries")
 
 
-def _read_corpus(path: Path, wanted: set[str] | tuple[()], progress: bool) -> Corpus:
+def _docids(passages: Any) -> tuple[str, ...]:
+    """The ids of Tevatron's passages: a list of objects, or an object of lists."""
+    if isinstance(passages, dict):
+        ids = passages.get("docid")
+    else:
+        ids = [passage.get("docid") for passage in passages or ()]
+    return tuple(str(i) for i in ids if isinstance(i, str | int)) if isinstance(ids, list) else ()
+
+
+def _read_corpus(path: Path, wanted: set[str], progress: bool) -> Corpus:
     if path.is_dir() and (path / "corpus.jsonl").exists():
         path = path / "corpus.jsonl"
     if not path.exists():
@@ -72,7 +96,7 @@ def _read_corpus(path: Path, wanted: set[str] | tuple[()], progress: bool) -> Co
     rows = (row for _, row in formats.open_files(str(path)) if isinstance(row, dict))
     first = next(rows, {})
     if any(name in first for name in _TRAINING_COLUMNS):
-        return corpus_lib.of_texts(_read_training(str(path))[1], str(path))
+        return corpus_lib.of_texts(_read_training(str(path))[2], str(path))
     return corpus_lib.read(path, wanted, progress)
 
 

@@ -66,6 +66,18 @@ def test_a_corpus_may_be_a_corpus_or_another_training_file(tmp_path):
         read(queries, tmp_path / "nowhere.jsonl")
 
 
+def test_the_ids_of_tevatron_s_positives_name_passages_of_the_corpus(tmp_path):
+    passages = [{"docid": "1", "title": "", "text": "甲"}, {"docid": 2, "title": "", "text": "乙"},
+                {"docid": "9", "title": "", "text": "丙"}]  # fmt: skip
+    row = {"query": "问", "positive_passages": passages, "negative_passages": []}
+    queries = write(tmp_path / "train.jsonl", row, {**row, "positive_passages": passages[:1]})
+    corpus = write(
+        tmp_path / "corpus.jsonl", *({"docid": i, "text": f"文{i}"} for i in ("0", "1", "2", "3"))
+    )
+    assert [query.rows for query in read(queries, corpus).queries] == [(1, 2), (1,)]
+    assert [query.rows for query in read(queries).queries] == [(), ()]
+
+
 def test_judgements_above_0_name_the_positives(beir):
     inputs = read(beir)
     assert [(q.text, q.positives, q.rows) for q in inputs.queries] == [
