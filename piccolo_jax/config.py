@@ -371,6 +371,8 @@ def validate(config: Config) -> None:
         require(bool(dataset.path), f"{where}.path", "a file or directory")
         one_of(f"{where}.task", "", *TASK_NAMES)
         positive(f"{where}.weight", f"{where}.repeats")
+        require(dataset.weight * dataset.repeats <= 1e9, f"{where}.weight",
+                f"at most {1e9:g} / repeats")  # fmt: skip
         not_negative(f"{where}.max_rows", f"{where}.batch_size")
         check_labels(where, dataset)
     for i, evaluated in enumerate(config.eval.datasets):

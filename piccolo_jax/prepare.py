@@ -187,7 +187,7 @@ def _batch(checked: Checked, dataset: DatasetConfig, config: Config, hidden_size
     planned = Dataset(cast(Any, checked), 1.0, dataset.max_rows, dataset.batch_size)
     size = min(dataset.batch_size or config.batch_size, planned.rows)
     try:
-        mixing.check(config, planned)
+        mixing.check(config, planned, 0)
         planned = dataclasses.replace(planned, batch_size=size)
         batches = Batches(config, [planned], TASKS, hidden_size, shards, range(shards), quiet=True)
     except UserError as error:

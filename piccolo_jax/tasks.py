@@ -110,7 +110,7 @@ def _draw_classification(
     keep &= others != label  # two label texts can become the same tokens
     bare = np.flatnonzero(~keep.any(axis=1))  # rows without others: any label of the dataset
     if len(bare):
-        others[bare], keep[bare] = _draw_not_own(columns["labels"], rows[bare], count, rng)
+        others[bare], keep[bare] = _draw_not_own(columns, rows[bare], count, rng)
     return {
         "text": columns["text"][rows],
         "label": label[:, 0],
@@ -120,18 +120,23 @@ def _draw_classification(
 
 
 def _draw_not_own(
-    labels: Ragged, rows: np.ndarray, count: int, rng: np.random.Generator
+    columns: Columns, rows: np.ndarray, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `count` of the dataset's labels that aren't a row's own, as draw_members() does.
+    """Up to `count` of the dataset's labels that aren't a text's own, as draw_members() does.
 
-    Each row's are a stretch of one random order of all labels, from a random place on.
+    A text's own are those of all its rows. Each row's are a stretch of one random order of all
+    labels, from a random place on.
     """
-    own, own_keep = draw_members(labels, rows, int(labels.sizes(rows).max()), rng)
+    texts, labels = columns["text"], columns["labels"]
+    same = np.flatnonzero(np.isin(texts, texts[rows]))
+    owner, source = _flat(labels, same)
+    own = np.unique(_pairs(texts[same][owner], labels.values[source]))
+    most = int(np.unique(own >> 32, return_counts=True)[1].max())
     order = rng.permutation(labels.distinct)
     begin = rng.integers(0, len(order), (len(rows), 1))
-    stretch = np.arange(min(count + own.shape[1], len(order)))
+    stretch = np.arange(min(count + most, len(order)))
     drawn = order[(begin + stretch) % len(order)]
-    usable = ~((drawn[:, :, None] == own[:, None]) & own_keep[:, None]).any(axis=2)
+    usable = ~np.isin(_pairs(texts[rows][:, None], drawn), own)
     first = np.argsort(~usable, axis=1, kind="stable")[:, :count]
     members = np.zeros((len(rows), count), np.int32)
     keep = np.zeros((len(rows), count), bool)
@@ -193,14 +198,25 @@ def draw_members(
 
     Returns: members int32 [B, count], 0 where a list is shorter, and the mask of real ones.
     """
-    starts, sizes = column.offsets[rows], column.sizes(rows)
-    owner = np.repeat(np.arange(len(rows)), sizes)
-    place = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    owner, source = _flat(column, rows)
+    place = source - column.offsets[rows][owner]
     order = np.lexsort((rng.random(len(owner)), owner))  # shuffles each row's members
     chosen = place < count
     members = np.zeros((len(rows), count), np.int32)
     keep = np.zeros((len(rows), count), bool)
-    source = (np.repeat(starts, sizes) + place)[order]
-    members[owner[chosen], place[chosen]] = column.values[source[chosen]]
+    members[owner[chosen], place[chosen]] = column.values[source[order][chosen]]
     keep[owner[chosen], place[chosen]] = True
     return members, keep
+
+
+def _flat(column: Ragged, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of all members of the rows' lists, end to end: which of `rows` each is of, and its place."""
+    sizes = column.sizes(rows)
+    owner = np.repeat(np.arange(len(rows)), sizes)
+    before = np.cumsum(sizes) - sizes
+    return owner, np.arange(len(owner)) + (column.offsets[rows] - before)[owner]
+
+
+def _pairs(texts: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Two ids as one number."""
+    return (texts.astype(np.int64) << 32) | labels

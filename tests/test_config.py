@@ -127,6 +127,11 @@ def test_the_configs_that_ship_are_valid(name):
         ("data.datasets", (DatasetConfig(path="a", task="qa"),), "'similarity'"),
         ("data.datasets", (DatasetConfig(path="a", weight=0.0),), "greater than 0"),
         ("data.datasets", (DatasetConfig(path="a", repeats=0.0),), "greater than 0"),
+        (
+            "data.datasets",
+            (DatasetConfig(path="a", weight=1e200, repeats=1e200),),
+            "at most 1e+09 / repeats",
+        ),
         ("data.datasets", (DatasetConfig(path="a", max_rows=-1),), "0 or greater"),
         ("data.datasets", (DatasetConfig(path="a", batch_size=-1),), "0 or greater"),
         (

@@ -120,9 +120,9 @@ def test_similarity_takes_rows_as_they_are():
     }  # fmt: skip
 
 
-def classify(labels, others, rows, seed=0, most=3):
+def classify(labels, others, rows, seed=0, most=3, texts=None):
     columns = {
-        "text": np.arange(100, 100 + len(labels)),
+        "text": np.arange(100, 100 + len(labels)) if texts is None else np.array(texts, np.int32),
         "labels": ragged(*labels),
         "other_labels": ragged(*others),
     }
@@ -174,6 +174,15 @@ def test_a_label_is_never_its_own_negative_even_if_only_its_tokens_are_the_same(
         assert others[0] <= {2, 3}
         assert others[1] == {1, 3}  # nothing else listed: any of the dataset
         assert others[2] == {1, 2}
+
+
+def test_what_a_text_is_labelled_in_another_row_is_not_drawn():
+    labels = [[1], [2], [3], [1, 4], [5]]
+    for seed in range(10):
+        _, others = classify(labels, [[]] * 5, range(5), seed, texts=[9, 7, 9, 7, 8])
+        assert others == [{2, 4, 5}, {3, 5}, {2, 4, 5}, {3, 5}, others[4]]
+        assert others[4] < {1, 2, 3, 4}
+        assert len(others[4]) == 3
 
 
 def test_draws_depend_on_the_random_numbers_alone():

@@ -172,7 +172,7 @@ class _Counter:
                 "a negative is the query itself",
             ),
             "similarity": ("both texts are the same",),
-            "classification": ("the text is its own label",),
+            "classification": ("the text is its own label", "a label is also among the others"),
         }  # fmt: skip
         self._problems = {what: Problem(f"rows: {what}") for what in whats[task]}
 
@@ -206,6 +206,8 @@ class _Counter:
     def _classification(self, example: formats.ClassificationExample) -> None:
         if example.text in example.labels:
             self._found("the text is its own label", example.text)
+        if isinstance(example, formats.ContradictingExample):
+            self._found("a label is also among the others", example.text)
 
     def _found(self, what: str, text: str) -> None:
         problem = self._problems[what]

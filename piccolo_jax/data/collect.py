@@ -102,14 +102,18 @@ def collect(
 
 
 def check_labels(source: formats.Source, collected: Collected) -> None:
-    """Raises UnusableDatasetError if a classification dataset has a single label."""
+    """Raises UnusableDatasetError if no row of classification has a label that isn't its own."""
     if source.task == "classification":
-        labels = [collected.columns[name].values for name in ("labels", "other_labels")]
-        if len(np.unique(np.concatenate(labels))) < 2:
+        own, others = (collected.columns[name] for name in ("labels", "other_labels"))
+        distinct = len(np.unique(np.concatenate([own.values, others.values])))
+        row = np.repeat(np.arange(collected.num_rows), np.diff(own.offsets))
+        pairs = np.unique(row << 32 | own.values[: len(row)])
+        if np.bincount(pairs >> 32).min() == distinct:
+            labels = "label" if distinct == 1 else f"{distinct} labels"
             raise UnusableDatasetError(
-                f"{source.path}: all {collected.num_rows} rows have the same label and list no"
-                " other; contrast against label texts needs at least two labels. Leave the dataset"
-                " out (data.skip_unusable leaves out all such)"
+                f"{source.path}: all {collected.num_rows} rows have the same {labels} and list no"
+                " other; contrast against label texts needs at least two labels, one of them not"
+                " the row's own. Leave the dataset out (data.skip_unusable leaves out all such)"
             )
 
 

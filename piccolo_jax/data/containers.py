@@ -56,7 +56,7 @@ class Container:
 
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_MAGIC = {"gzip": rb"\x1f\x8b", "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"}
 _SNIFFED_BYTES = 2**16
 _BUFFER_BYTES = 2**18
 _ROWS_AT_ONCE = 1024  # of Arrow and Parquet, turned into Python objects
@@ -105,7 +105,7 @@ def compression_of(file: Path) -> str | None:
     """How a file is compressed, by its first bytes. Raises OSError."""
     with file.open("rb") as raw:
         magic = raw.read(4)
-    return next((kind for begin, kind in _MAGIC.items() if magic.startswith(begin)), None)
+    return next((kind for kind, begin in _MAGIC.items() if re.match(begin, magic)), None)
 
 
 def _open(file: Path) -> BinaryIO:
@@ -229,6 +229,10 @@ def _tab_separated(
         yield lines.place, cells
 
 
+class NumberLike(str):
+    """A label's cell that is a number if it is a score, but rather a code or word: 1E2, inf."""
+
+
 def _cell(name: str, cell: str) -> Any:
     """None for an empty cell, a list for a JSON list of texts (in `_LABEL_COLUMNS` also of whole
     numbers), a number in `_NUMBER_COLUMNS`.
@@ -236,9 +240,12 @@ def _cell(name: str, cell: str) -> Any:
     if not cell:
         return None
     if name in _NUMBER_COLUMNS and not _NO_NUMBER.search(cell):
-        for kind in (int, float):
-            with contextlib.suppress(ValueError):
-                return kind(cell)
+        with contextlib.suppress(ValueError):
+            return int(cell)
+        with contextlib.suppress(ValueError):
+            number = float(cell)
+            is_word = name in _LABEL_COLUMNS and any(map(str.isalpha, cell))
+            return NumberLike(cell) if is_word else number
     if cell.startswith("[") and cell.endswith("]"):
         try:
             members = json.loads(cell)
@@ -283,6 +290,12 @@ def _arrow_batches(file: Path) -> Iterator[pa.RecordBatch]:
 def _table_rows(file: Path, batches: Iterator[pa.RecordBatch]) -> Rows:
     number = itertools.count(1)
     for batch in batches:
+        names = batch.schema.names
+        if len(set(names)) < len(names):
+            yield str(file), NoRow("the schema names a column twice; rename one", damaged=True)
+            return
+        # No text or number, and Python's can't be as far away as Arrow's.
+        batch = batch.select([f.name for f in batch.schema if not pa.types.is_temporal(f.type)])
         for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
             for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
                 yield f"{file}:row {next(number)}", row

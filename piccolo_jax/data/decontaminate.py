@@ -34,6 +34,9 @@ _RULES_VERSION = 1  # of what is dropped, part of the prepared datasets' fingerp
 _ROWS_AT_ONCE = 1024
 _SHOWN = 200  # characters of a dropped text
 _TRAIN = re.compile(r"(^|[._-])train([._-]|$)", re.IGNORECASE)
+_QUERIES = re.compile(r"queries.*\.jsonl(\.gz|\.zst)?")
+_BEIR = re.compile(r"(corpus|queries(\..*)?)\.jsonl(\.gz|\.zst)?")  # one of a BEIR directory
+_PART_OF_BEIR = re.compile(r"(queries|corpus|qrels)([._-]|$)")
 _ASKED = (
     "text", "text_pair", "sentence", "sentences", "sentence1", "sentence2", "sent1", "sent2",
     "query", "question", "anchor", "premise", "hypothesis", "first", "second", "zh", "en",
@@ -186,7 +189,8 @@ def _evaluation_texts(path: str, passages: str) -> Iterator[tuple[str, str, str]
         for file in _queries(place):
             for where, row in formats.file_rows(file):
                 # queries.SPLIT.jsonl are of one split, queries.jsonl of all.
-                if judged is None or file.name != "queries.jsonl" or _id(row) in judged:
+                of_all = file.name.startswith("queries.jsonl")
+                if judged is None or not of_all or _id(row) in judged:
                     yield from _members(where, "query", row.get("text"))
         for file in _corpus(place, passages):
             for where, row in formats.file_rows(file):
@@ -213,28 +217,45 @@ def _places(path: str) -> list[Path]:
 
 
 def _below(directory: Path) -> list[Path]:
-    if _is_beir(directory):
-        if not _queries(directory):
-            raise UserError(f"{directory}: has no queries.SPLIT.jsonl but of train")
-        return [directory]
-    places = []
+    is_beir = any(_BEIR.fullmatch(child.name) for child in directory.iterdir())
+    if is_beir and not _queries(directory):
+        raise UserError(f"{directory}: has no queries.SPLIT.jsonl but of train")
+    places = [directory] if is_beir else []
     for child in sorted(directory.iterdir()):
         name = child.name
         if name.startswith((".", "cache-")) or _TRAIN.search(name):
             continue
+        if is_beir and _PART_OF_BEIR.match(name):
+            continue
         if child.is_dir():
             places += _below(child)
-        elif formats.is_data_file(child) and child.suffix != ".json":  # .json beside is metadata
+        elif formats.is_data_file(child) and not _is_metadata(child):
             places.append(child)
     return places
 
 
-def _is_beir(directory: Path) -> bool:
-    return (directory / "corpus.jsonl").exists() or any(directory.glob("queries.*jsonl"))
+def _is_metadata(file: Path) -> bool:
+    """Whether a JSON file is one object, as what describes a dataset is."""
+    if file.suffix.lower() != ".json":
+        return False
+    try:
+        content = file.read_text("utf-8-sig")
+        return isinstance(json.loads(content), dict) and not _has_texts(content)
+    except (OSError, ValueError, RecursionError):
+        return False  # lines of JSON, or broken: reading it will say so
+
+
+def _has_texts(content: str) -> bool:
+    """Whether an object could be the only row of JSON lines."""
+    return "\n" not in content.strip() and any(map(_is_known, json.loads(content)))
+
+
+def _is_known(column: str) -> bool:
+    return column in _ASKED or bool(_PASSAGES.fullmatch(column))
 
 
 def _queries(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("queries*.jsonl"))
+    files = (child for child in sorted(directory.iterdir()) if _QUERIES.fullmatch(child.name))
     return [file for file in files if not _TRAIN.search(file.name)]
 
 
@@ -244,8 +265,8 @@ def _qrels(directory: Path) -> list[Path]:
 
 
 def _corpus(directory: Path, passages: str) -> list[Path]:
-    files = [directory / "corpus.jsonl"] if passages == "corpus" else []
-    return [file for file in files if file.exists()]
+    files = sorted(directory.glob("corpus.jsonl*")) if passages == "corpus" else []
+    return [file for file in files if _BEIR.fullmatch(file.name)]
 
 
 def _judged_queries(directory: Path) -> set[str] | None:

@@ -31,6 +31,7 @@ from piccolo_jax.data.containers import (
 )
 from piccolo_jax.data.layouts import (
     ClassificationExample,
+    ContradictingExample,
     Example,
     Layout,
     RetrievalExample,
@@ -39,9 +40,9 @@ from piccolo_jax.data.layouts import (
 from piccolo_jax.errors import UserError
 
 __all__ = [
-    "ClassificationExample", "Example", "FileRows", "Placed", "Rejected", "RetrievalExample",
-    "SimilarityExample", "Source", "digest_of", "expand_meta_list", "file_rows", "is_data_file",
-    "open_files", "open_source",
+    "ClassificationExample", "ContradictingExample", "Example", "FileRows", "Placed", "Rejected",
+    "RetrievalExample", "SimilarityExample", "Source", "digest_of", "expand_meta_list",
+    "file_rows", "is_data_file", "open_files", "open_source",
 ]  # fmt: skip
 
 _PEEKED_ROWS = 100  # the task is decided by the first of these whose columns fit a layout

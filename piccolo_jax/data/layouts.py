@@ -6,13 +6,14 @@ the examples' own fields, and plain texts with labels. Adding one is adding a `L
 """
 
 import dataclasses
+import decimal
 import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from piccolo_jax.data import labels
-from piccolo_jax.data.containers import Row
+from piccolo_jax.data.containers import NumberLike, Row
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +41,12 @@ class ClassificationExample:
     text: str
     labels: tuple[str, ...]
     other_labels: tuple[str, ...]
+
+
+class ContradictingExample(ClassificationExample):
+    """One whose row lists a label of its own among the others too; there it is left out."""
+
+    __slots__ = ()
 
 
 Example = RetrievalExample | SimilarityExample | ClassificationExample
@@ -118,7 +125,8 @@ class Layout:
         if task == "retrieval":
             return RetrievalExample(text, positives, negatives)
         others = tuple(label for label in negatives if label not in positives)
-        return ClassificationExample(text, positives, others)
+        kind = ClassificationExample if others == negatives else ContradictingExample
+        return kind(text, positives, others)
 
     def _negative_columns(self, row: Row) -> list[str]:
         columns = (name for name in row if re.fullmatch(rf"{self.negatives}(_\d+)?", name))
@@ -212,6 +220,8 @@ def _score(row: Row, field: str) -> float:
     value = row.get(field)
     if value is None:
         raise UnusableRowError(f"{field} is missing")
+    if isinstance(value, NumberLike | decimal.Decimal):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UnusableRowError(f"{field} is {type(value).__name__}, not a number")
     try:
@@ -222,4 +232,4 @@ def _score(row: Row, field: str) -> float:
         raise UnusableRowError(f"{field} is {'NaN' if math.isnan(score) else 'infinite'}")
     if abs(score) > _LARGEST_SCORE:
         raise UnusableRowError(f"{field} is larger than a 32-bit float can be")
-    return score
+    return score + 0.0  # of -0 and 0 one

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from piccolo_jax.config import Config, DatasetConfig
-from piccolo_jax.data.schedule import Schedule
+from piccolo_jax.data.schedule import Schedule, used_rows
 from piccolo_jax.data.store import Store
 from piccolo_jax.errors import UnusableDatasetError, UserError
 
@@ -68,10 +68,11 @@ def usable(config: Config, mixture: Sequence[Dataset]) -> tuple[list[Dataset], l
     Raises UserError if none fills a batch, or for one that can't be used, unless the config says
     that it is left out.
     """
-    kept, notes, smaller = [], [], 0
+    kept: list[Dataset] = []
+    notes, smaller = [], 0
     for dataset in mixture:
         try:
-            check(config, dataset)
+            check(config, dataset, len(kept))
         except UnusableDatasetError as error:
             if not config.data.skip_unusable:
                 raise
@@ -97,9 +98,9 @@ def usable(config: Config, mixture: Sequence[Dataset]) -> tuple[list[Dataset], l
     return kept, notes
 
 
-def check(config: Config, dataset: Dataset) -> None:
-    """Raises UnusableDatasetError if no step on the dataset could teach anything."""
-    name, rows = dataset.store.name, dataset.rows
+def check(config: Config, dataset: Dataset, number: int) -> None:
+    """Raises UnusableDatasetError if no step on dataset `number` could teach anything."""
+    name, rows, total = dataset.store.name, dataset.rows, dataset.store.num_rows
     if rows < dataset.batch_size:
         raise UnusableDatasetError(
             f"dataset {name} has only {rows} rows to use, fewer than the batch_size ="
@@ -113,9 +114,13 @@ def check(config: Config, dataset: Dataset) -> None:
             " (data.skip_unusable leaves out all such)"
         )
     scores = dataset.store.columns.get("score")
-    if dataset.store.task == "similarity" and scores is not None and np.ptp(scores) == 0:
+    if dataset.store.task == "similarity" and scores is not None:
+        if rows < total:
+            scores = scores[used_rows(config.seed, number, rows, total)]
+        if np.ptp(scores) > 0:
+            return
         raise UnusableDatasetError(
-            f"dataset {name}: all {dataset.store.num_rows} rows have the score {scores[0]:g};"
+            f"dataset {name}: all {rows} rows that are used have the score {scores[0]:g};"
             " CoSENT compares rows of different scores. Add rows with another score, or leave the"
             " dataset out (data.skip_unusable leaves out all such)"
         )

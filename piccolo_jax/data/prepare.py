@@ -33,6 +33,7 @@ from piccolo_jax.data.tokenizer import Tokenizer
 from piccolo_jax.errors import UnusableDatasetError, UserError
 
 SCHEMA_VERSION = 1
+_LONGEST_NAME = 150  # bytes of a dataset's name in its folder's; most file systems take 255
 
 
 def prepare_datasets(
@@ -105,7 +106,8 @@ def _prepare(
         description["decontaminate"] = decontaminator.description
     fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
     name = name_of(dataset.path)
-    directory = root / f"{name}-{fingerprint}"
+    short = name.encode()[:_LONGEST_NAME].decode(errors="ignore")
+    directory = root / f"{short}-{fingerprint}"
     if not directory.exists():
         manifest = {"name": name, "fingerprint": fingerprint} | description
         try:

@@ -16,6 +16,12 @@ _PHASES, _SHUFFLE, _DRAW, _HEADS, _USED = range(5)
 _EPOCHS_KEPT = 2  # of each dataset, in memory: the current one and the next
 
 
+def used_rows(seed: int, dataset: int, size: int, total: int) -> np.ndarray:
+    """Ids, int64 [size], increasing, of the rows used of the dataset with that number."""
+    rng = np.random.default_rng((seed, _USED, dataset))
+    return np.sort(rng.choice(total, size, replace=False, shuffle=False))
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Datasets take turns by weight; each is read in epochs of its own, shuffled anew.
@@ -99,8 +105,7 @@ class Schedule:
         used: list[np.ndarray | None] = [None] * len(self.sizes)
         for dataset, (size, total) in enumerate(zip(self.sizes, self.totals, strict=False)):
             if size < total:
-                rng = np.random.default_rng((self.seed, _USED, dataset))
-                used[dataset] = np.sort(rng.choice(total, size, replace=False, shuffle=False))
+                used[dataset] = used_rows(self.seed, dataset, size, total)
         return used
 
     def _order(self, dataset: int, epoch: int) -> np.ndarray:

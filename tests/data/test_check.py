@@ -121,16 +121,17 @@ def test_rows_with_the_same_texts_are_duplicates_in_any_order_of_lists(checked):
 
 def test_similarity_rows_with_equal_texts_and_contradicting_scores(checked):
     rows = [("a", "b", 1), ("b", "a", 0), ("a", "b", 1), ("c", "c", 2), ("c", "d", 2),
-            ("d", "c", 2.5), ("f", "e", 3), ("e", "f", 1)]  # fmt: skip
+            ("d", "c", 2.5), ("f", "e", 3), ("e", "f", 1), ("g", "h", 0.0),
+            ("h", "g", -0.0)]  # fmt: skip
     c = checked([{"sentence1": a, "sentence2": b, "score": s} for a, b, s in rows])
     assert problems(c) == {
         "the same as an earlier row": 1,
         "both texts are the same": 1,
         "the same texts with contradicting scores": 3,
     }
-    assert c.scores == {0.0: 1, 1.0: 3, 2.0: 2, 2.5: 1, 3.0: 1}
-    assert "scores     5 different, from 0 to 3, mean 1.56" in report(c)
-    assert "         3   37.5%  1" in report(c)
+    assert c.scores == {0.0: 3, 1.0: 3, 2.0: 2, 2.5: 1, 3.0: 1}
+    assert "scores     5 different, from 0 to 3, mean 1.25" in report(c)
+    assert "         3   30.0%  1" in report(c)
 
 
 def test_labels_are_listed_with_their_balance(checked):
@@ -139,12 +140,16 @@ def test_labels_are_listed_with_their_balance(checked):
         {"text": f"球赛{i}", "text_pos": label, "text_neg": ["汽车"], "type": "cls_contrast"}
         for i, label in enumerate(labels)
     ]
-    rows += [{**rows[0], "text_pos": "财经"}, {**rows[0], "text": "体育"}]
+    rows += [
+        {**rows[0], "text_pos": "财经"},
+        {**rows[0], "text": "体育", "text_neg": ["汽车", "体育"]},
+    ]
     c = checked(rows)
     assert c.labels == {"体育": 6, "财经": 3, "军事": 1}
     assert problems(c) == {
         "the same as an earlier row": 0,
         "the text is its own label": 1,
+        "a label is also among the others": 1,
         "with different labels in different rows": 1,
     }
     text = report(c)

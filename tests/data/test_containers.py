@@ -1,3 +1,4 @@
+import decimal
 import gzip
 import json
 
@@ -21,6 +22,8 @@ JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
 
 
 def compressed(data, how):
+    if how == "pzstd":  # which begins with a frame to be skipped
+        return b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + compressed(data, "zstd")
     if how == "gzip":
         return gzip.compress(data[:100]) + gzip.compress(data[100:])  # as bgzip and cat write it
     return pa.compress(data, codec="zstd", asbytes=True) if how == "zstd" else data
@@ -45,8 +48,8 @@ def write(path, text):
 @pytest.mark.parametrize(
     ("name", "how"),
     [("a.jsonl.gz", "gzip"), ("a.jsonl.zst", "zstd"), ("A.JSONL.GZ", "gzip"), ("a.gz", "gzip"),
-     ("a.zst", "zstd"), ("a.jsonl", "gzip"), ("a.jsonl.gz", "none"), ("a.dat", "zstd"),
-     ("noname", "none"), ("a.train", "none"), ("a.ndjson", "none")],
+     ("a.zst", "zstd"), ("a.jsonl.zst", "pzstd"), ("a.jsonl", "gzip"), ("a.jsonl.gz", "none"),
+     ("a.dat", "zstd"), ("noname", "none"), ("a.train", "none"), ("a.ndjson", "none")],
 )  # fmt: skip
 def test_json_lines_are_read_whatever_their_compression_and_name(tmp_path, name, how):
     (tmp_path / name).write_bytes(compressed(JSONL, how))
@@ -159,6 +162,44 @@ def test_cells_are_numbers_in_score_columns_and_lists_where_they_are_json_lists_
     assert third["score"] != third["score"]
     assert fourth["text"] == "[a]"
     assert fourth["label"] is None
+
+
+def test_labels_that_look_like_numbers_are_codes_or_words_and_scores_numbers(tmp_path):
+    cells = ("1E2", "NaN", "inf", "A1")
+    lines = "".join(f"文{i},{cell}\n" for i, cell in enumerate(cells))
+    path = write(tmp_path / "a.csv", f"text,label\n{lines}")
+    assert [example.labels for example in open_source(path)] == [(cell,) for cell in cells]
+    path = write(tmp_path / "b.csv", "sentence1,sentence2,label\na,b,1e-1\na,c,0.5\na,d,nan\n")
+    *examples, rejected = open_source(path)
+    assert [example.score for example in examples] == [0.1, 0.5]
+    assert rejected.reason == "label is NaN"
+
+
+def test_a_table_may_hold_times_that_python_cannot(tmp_path):
+    columns = {name: [row[name] for row in ROWS[:2]] for name in ("query", "pos")}
+    for kind, most in (
+        (pa.timestamp("us"), 2**62),
+        (pa.date32(), 2**30),
+        (pa.duration("s"), 2**62),
+    ):
+        table = pa.table(columns | {"made": pa.array([most] * 2, kind)})
+        pq.write_table(table, tmp_path / "a.parquet")
+        assert queries(tmp_path / "a.parquet") == columns["query"]
+
+
+def test_a_column_that_a_table_names_twice_is_an_error(tmp_path):
+    columns = [pa.array(["a"]) for _ in range(3)]
+    table = pa.Table.from_arrays(columns, names=["query", "pos", "pos"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: the schema names a column twice"):
+        open_source(str(tmp_path / "a.parquet"))
+
+
+def test_a_score_may_be_a_decimal(tmp_path):
+    score = pa.array([decimal.Decimal("2.5")], pa.decimal128(3, 1))
+    table = pa.table({"sentence1": ["a"], "sentence2": ["b"], "score": score})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert list(open_source(str(tmp_path / "a.parquet"))) == [SimilarityExample("a", "b", 2.5)]
 
 
 def test_lists_of_negatives_are_read_from_csv(tmp_path):

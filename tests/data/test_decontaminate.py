@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -185,13 +186,23 @@ def test_of_a_beir_directory_the_queries_of_all_splits_but_train_count(dropped, 
     rows = [
         {"query": t, "pos": ["答"]} for t in ("train", "DEV", "test", "文章", "题 文章", "别的")
     ]
-    assert lines_of(dropped(rows, folder, task="retrieval")) == [2, 3]
-    assert lines_of(dropped(rows, folder, task="retrieval", passages="corpus")) == [2, 3, 4, 5]
+    assert lines_of(dropped(rows, folder, task="retrieval")) == [2, 3, 6]
+    assert lines_of(dropped(rows, folder, task="retrieval", passages="corpus")) == [2, 3, 4, 5, 6]
     assert lines_of(dropped(rows, folder / "queries.train.jsonl", task="retrieval")) == [1]
     assert lines_of(dropped(rows, folder / "corpus.jsonl", task="retrieval")) == [4, 5]
     (folder / "corpus.jsonl").unlink()  # its queries are what counts
     write(folder / "qrels.test.tsv", ["query-id\tcorpus-id\tscore", "test\td\t1"])
-    assert lines_of(dropped(rows, folder, task="retrieval")) == [2, 3]
+    assert lines_of(dropped(rows, folder, task="retrieval")) == [2, 3, 6]
+
+
+def test_a_beir_directory_may_be_compressed(dropped, tmp_path):
+    folder = beir(tmp_path / "beir", queries_test=[{"id": "1", "text": "问"}])
+    for file in folder.iterdir():
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    rows = [{"query": t, "pos": ["答"]} for t in ("问", "文章", "别的")]
+    assert lines_of(dropped(rows, folder, task="retrieval")) == [1]
+    assert lines_of(dropped(rows, folder, task="retrieval", passages="corpus")) == [1, 2]
 
 
 def test_a_file_that_is_named_is_known_by_its_content_too(dropped, tmp_path):
@@ -220,8 +231,13 @@ def test_of_other_directories_all_files_below_count_but_train_splits(dropped, tm
         write(root / name, [{"text": f"文{i}"}])
     beir(root / "beir", queries_test=[{"id": "1", "text": "文6"}])
     write(root / "manifest.json", [{"files": []}])
-    rows = [{"query": f"文{i}", "pos": ["答"]} for i in range(1, 8)]
-    assert lines_of(dropped(rows, root, task="retrieval")) == [1, 4, 5, 6]
+    write(root / "beir" / "pairs.test.jsonl", [{"text": "文8", "text_pair": "文9"}])
+    write(root / "beir" / "more" / "sts.jsonl", [{"text": "文10"}])
+    write(root / "sub" / "lines.json", [{"text": "文11"}])
+    write(root / "sub" / "more.json", [{"text": "文12"}, {"text": "文13"}])
+    (root / "sub" / "pretty.json").write_text('{\n "text": "文14"\n}\n', encoding="utf-8")
+    rows = [{"query": f"文{i}", "pos": ["答"]} for i in range(1, 15)]
+    assert lines_of(dropped(rows, root, task="retrieval")) == [1, 4, 5, 6, *range(8, 14)]
     assert lines_of(dropped(rows, root / "*.jsonl", task="retrieval")) == [1, 5]
     assert lines_of(dropped(rows, root / "**" / "c*.jsonl", task="retrieval")) == [4]
 

@@ -38,6 +38,12 @@ def test_rows_become_ids_of_texts_that_decode_to_them(prepared, tokenizer):
     assert (store.task, store.num_rows, store.name) == ("retrieval", 3, "rows.jsonl")
 
 
+def test_a_name_as_long_as_file_systems_take_is_cut_in_the_folder_s(prepared, tmp_path):
+    name = "长" * 80 + ".jsonl"  # 246 bytes
+    assert prepared(RETRIEVAL, name=name).name == name
+    assert [folder.startswith("长" * 50 + "-") for folder in folders(tmp_path)] == [True]
+
+
 def test_each_distinct_text_is_tokenised_and_stored_once(prepared, monkeypatch):
     given = []
     encode = Tokenizer.encode

@@ -38,6 +38,13 @@ def test_a_single_label_is_an_error(prepared, tmp_path):
     assert prepared(LABELLED[:1]).num_rows == 1  # one label, but it lists another
 
 
+def test_rows_that_all_have_every_label_are_an_error(prepared):
+    rows = [{"text": f"球赛{i}", "labels": ["体育", "财经"]} for i in range(3)]
+    with pytest.raises(UserError, match="all 3 rows have the same 2 labels and list no other"):
+        prepared(rows)
+    assert prepared([*rows, {"text": "股市", "labels": ["财经"]}]).num_rows == 4
+
+
 def test_a_broken_line_leaves_nothing_and_what_was_finished_before_stays(
     tmp_path, tokenizer, monkeypatch
 ):
