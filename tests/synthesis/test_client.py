@@ -277,6 +277,11 @@ def test_a_key_in_an_answer_is_taken_out():
     assert (answer.content, answer.finish_reason) == ("a *** b", "***")
 
 
+def test_a_finish_reason_that_is_no_text_is_taken_as_one():
+    (answer,), _, _ = ask(lambda *_: Reply(completion("a", finish_reason=7)))
+    assert (answer.content, answer.finish_reason) == ("a", "7")
+
+
 def test_a_placeholder_key_is_no_secret():
     (answer,), _, _ = ask(lambda *_: Reply(completion("none EMPTY")), key="EMPTY")
     assert answer.content == "none EMPTY"
