@@ -119,8 +119,9 @@ def check(config: Config, dataset: Dataset, number: int) -> None:
             scores = scores[used_rows(config.seed, number, rows, total)]
         if np.ptp(scores) > 0:
             return
+        what = "rows used" if rows < total else "rows"
         raise UnusableDatasetError(
-            f"dataset {name}: all {rows} rows that are used have the score {scores[0]:g};"
+            f"dataset {name}: all {rows} {what} have the score {scores[0]:g};"
             " CoSENT compares rows of different scores. Add rows with another score, or leave the"
             " dataset out (data.skip_unusable leaves out all such)"
         )

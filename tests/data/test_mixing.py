@@ -116,10 +116,10 @@ def test_as_many_rows_as_a_batch_or_the_least_one_are_enough():
 def unusable():
     return {
         "fewer than config.data.min_batch_size = 2": Dataset(store(1, "bad"), 1.0),
-        "all 9 rows that are used have the score 2": Dataset(
+        "all 9 rows have the score 2": Dataset(
             store(9, "bad", "similarity", [2.0] * 9), 1.0
         ),
-        "all 9 rows that are used have the score 3": Dataset(
+        "all 9 rows used have the score 3": Dataset(
             store(1000, "bad", "similarity", [2.0] + [3.0] * 999), 1.0, max_rows=9
         ),
         "fewer than the batch_size = 10": Dataset(store(9, "bad"), 1.0, batch_size=10),

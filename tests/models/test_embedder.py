@@ -87,10 +87,12 @@ def test_a_new_scaling_layer_keeps_the_cosines_of_the_backbone():
     texts = [np.arange(3, 9), np.arange(5, 17), np.arange(40, 44)]
     arrays = (*arrays_of(texts, [[0], [1], [2]], 12), np.arange(3, dtype=np.int32))
     wide, bare = Embedder(TINY, embed_dim=72), Embedder(TINY)
-    params = wide.init(jax.random.key(0), *arrays, num_segments=1)["params"]
+    init, _ = jitted(wide)
+    params = init(jax.random.key(0), *arrays, num_segments=1)["params"]
 
     def cosines(model, params):
-        x = model.apply({"params": params}, *arrays, num_segments=1)
+        _, apply = jitted(model)
+        x = apply({"params": params}, *arrays, num_segments=1)
         x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
         return x @ x.T
 
