@@ -111,6 +111,9 @@ def _check_output(args: argparse.Namespace) -> None:
     for path in written:
         if path.exists() and not args.overwrite:
             raise UserError(f"{path} exists; --overwrite replaces it")
+        for source in (args.input, args.calibration):
+            if source and path.exists() and source.exists() and path.samefile(source):
+                raise UserError(f"{path}: is read, and can't be written too; name another --output")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output={output}: the folder does not exist")
 
@@ -149,7 +152,7 @@ def read_texts(path: Path, field: str) -> list[str]:
             if not isinstance(text, str):
                 raise TypeError(f"{field!r} is not a text")
             text.encode()
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}:{number}: must be a JSON object with a text in {field!r}"
                 f" ({type(error).__name__}: {error}); --field names another"

@@ -25,6 +25,7 @@ from piccolo_jax.evaluation import compare, files, models, report, together
 from piccolo_jax.evaluation.models import Model
 from piccolo_jax.evaluation.vectors import Encode, Vectors
 from piccolo_jax.metrics import say
+from piccolo_jax.models.pretrained import check_prompts
 
 _MTEB = "mteb==2.26.24"
 _NORMALIZE = {"auto": None, "yes": True, "no": False}
@@ -117,7 +118,8 @@ def _compare(args: argparse.Namespace) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         about = {"models": [report.label(model.entry) for model in loaded], "left_out": notes,
                  "resamples": args.resamples, "seed": args.seed, "comparisons": parts}  # fmt: skip
-        content = json.dumps(about, ensure_ascii=False, indent=1)
+        about = report.without_nan(about)
+        content = json.dumps(about, ensure_ascii=False, indent=1, allow_nan=False)
         (args.output / "comparison.json").write_text(content, encoding="utf-8")
         report.figure(args.output / "comparison.png", compare.shared(loaded, names), args.published)
         print(f"comparison.json and comparison.png in {args.output}")
@@ -205,10 +207,11 @@ def _prompts(path: Path, tasks: Sequence[Any]) -> dict[str, str]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
             raise ValueError("not an object of texts")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f'--prompts={path}: must be JSON like {{"query": "query: "}} ({error})'
         ) from None
+    check_prompts(f"--prompts={path}", values)
     values = {"document" if k == "passage" else k.replace("-passage", "-document"): v
               for k, v in values.items()}  # fmt: skip
     kinds = {task.metadata.type for task in tasks} | set(files.TYPES)

@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
 def parse_weights(text: str, count: int) -> list[float]:
     """The weights of --weights, made to sum to 1; equal ones for an empty text.
 
-    Raises UserError unless there are `count`, not negative and not all 0.
+    Raises UserError unless there are `count`, not negative, not all 0 and of a finite sum.
     """
     if not text:
         return [1 / count] * count
@@ -102,8 +102,8 @@ def parse_weights(text: str, count: int) -> list[float]:
         raise UserError(f"--weights={text}: must be numbers, e.g. 0.7,0.3") from None
     if len(weights) != count:
         raise UserError(f"--weights={text}: has {len(weights)} numbers for {count} models")
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights) > 0:
-        raise UserError(f"--weights={text}: must be 0 or greater, and not all 0")
+    if not all(w >= 0 for w in weights) or not 0 < sum(weights) < math.inf:
+        raise UserError(f"--weights={text}: must be 0 or greater, not all 0, of a finite sum")
     return [w / sum(weights) for w in weights]
 
 
@@ -133,6 +133,8 @@ def _fields(model: Path, spec: pretrained.Pretrained) -> Iterator[tuple[str, Any
     yield "do_lower_case", spec.lower_case
     yield "max_seq_length", spec.max_seq_length
     yield "matryoshka_dims", _dims(model, _width(spec))
+    yield "truncate_dim", spec.truncate_dim
+    yield "similarity_fn_name", _similarity(model)
     tokenizer = json.loads(Tokenizer(spec.tokenizer).hf.backend_tokenizer.to_str())
     for part in ("normalizer", "pre_tokenizer", "model", "post_processor", "added_tokens"):
         yield f"tokenizer's {part}", _Content(tokenizer.get(part))
@@ -242,8 +244,6 @@ def _write_model(output: Path, first: Path, merged: Tensors) -> None:
 def _unknown_to_a_reference(directory: Path) -> Iterator[str]:
     """What no export has, so that `verify` would take it for a difference."""
     spec = pretrained.read_spec(directory)
-    path = directory / "config_sentence_transformers.json"
-    about = modules.read_json(path) if path.exists() else {}
     if spec.normalize:
         yield "a Normalize module"
     if spec.default_prompt:
@@ -254,8 +254,15 @@ def _unknown_to_a_reference(directory: Path) -> Iterator[str]:
         yield "truncate_dim"
     if spec.tokenizer != directory:
         yield "its Transformer in a folder"
-    if (about.get("similarity_fn_name") or "cosine") != "cosine":
-        yield f"similarity {about['similarity_fn_name']}"
+    if (similarity := _similarity(directory)) != "cosine":
+        yield f"similarity {similarity}"
+
+
+def _similarity(directory: Path) -> str:
+    """What sentence-transformers compares vectors by."""
+    path = directory / "config_sentence_transformers.json"
+    about = modules.read_json(path) if path.exists() else {}
+    return about.get("similarity_fn_name") or "cosine"
 
 
 def _exported(directory: Path) -> Exported:

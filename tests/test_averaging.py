@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from small import OLDER_FUSIONS
 
 from piccolo_jax import averaging, build, optim, sharding
 
@@ -53,7 +54,7 @@ assert jax.tree.map(lambda leaf: leaf.sharding, state) == places
 
 
 def test_the_average_on_a_mesh_is_that_of_the_weights_after_each_step(run_python):
-    run_python("-c", STEPS, devices=4)
+    run_python("-c", STEPS, devices=4, xla_flags=OLDER_FUSIONS)
 
 
 def config_with(decay, freeze=("position_embeddings",)):

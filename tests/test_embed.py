@@ -161,8 +161,10 @@ def test_another_field_and_plain_text_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "{", '{"txt": "a"}', '{"text": 1}', '{"text": null}', '"a"', '{"text": "\\ud800"}']
-)
+    "line",
+    ["", "{", '{"txt": "a"}', '{"text": 1}', '{"text": null}', '"a"', '{"text": "\\ud800"}',
+     "[" * 100_000],
+)  # fmt: skip
 def test_a_line_that_cannot_be_encoded_is_named(model, files, capsys, line):
     lines = files[0].read_text("utf-8").split("\n")
     files[0].write_text("\n".join([lines[0], line, *lines[1:]]), encoding="utf-8")
@@ -184,6 +186,15 @@ def test_an_output_that_exists_is_kept(model, files, capsys):
     assert run(model, files) == 2
     assert "out.npy exists; --overwrite" in error(capsys)
     assert files[1].read_text() == "mine"
+
+
+def test_what_is_read_is_not_replaced(model, files, tmp_path, capsys):
+    (tmp_path / "link.npy").symlink_to(files[0])
+    before = files[0].read_bytes()
+    for output in (files[0], tmp_path / "link.npy"):
+        assert run(model, (files[0], output), "--overwrite") == 2
+        assert f"{output}: is read, and can't be written too" in error(capsys)
+    assert files[0].read_bytes() == before
 
 
 def test_a_disk_without_room_leaves_what_was_there(model, files, monkeypatch, capsys):

@@ -119,8 +119,10 @@ def test_a_model_merged_with_itself_is_that_model(models, tmp_path, method):
         np.testing.assert_array_equal(value, expected[name])
 
 
-def test_the_merge_loads_in_sentence_transformers_as_in_jax(models, tmp_path):
-    assert run(tmp_path / "out", *models) == 0
+def test_the_merge_loads_in_sentence_transformers_as_in_jax(models, copied, tmp_path):
+    # As directories from elsewhere have it, which are cut by sentence_bert_config.json.
+    edit(copied / "tokenizer_config.json", lambda values: values.update(model_max_length=512))
+    assert run(tmp_path / "out", copied, *models) == 0
     assert run_command(verify.main, tmp_path / "out") == 0
 
 
@@ -210,6 +212,12 @@ CHANGES = {
     "matryoshka_dims: [8, 20, 24] in": lambda model: edit(
         model / "config_sentence_transformers.json", lambda v: v.update(matryoshka_dims=[8])
     ),
+    "truncate_dim: None in": lambda model: edit(
+        model / "config_sentence_transformers.json", lambda v: v.update(truncate_dim=8)
+    ),
+    "similarity_fn_name: 'cosine' in": lambda model: edit(
+        model / "config_sentence_transformers.json", lambda v: v.update(similarity_fn_name="dot")
+    ),
     "config.json num_heads: 2 in": lambda model: edit(
         model / "config.json", lambda v: v.update(num_attention_heads=4)
     ),
@@ -253,6 +261,7 @@ def test_models_of_other_sizes_are_refused(models, tmp_path, capsys):
         ("--weights=0,0", "not all 0"),
         ("--weights=1,nan", "must be 0 or greater"),
         ("--weights=1,inf", "must be 0 or greater"),
+        ("--weights=1e308,1e308", "of a finite sum"),
         ("--weights=1,x", "must be numbers"),
         ("--eval=nowhere.jsonl", "nowhere.jsonl"),
     ],

@@ -61,6 +61,11 @@ def flip_pooling(directory):
     edit(directory / "1_Pooling" / "config.json", lambda values: values.update(flags))
 
 
+def name_no_pooling(directory):
+    flags = {"pooling_mode_mean_tokens": False}
+    edit(directory / "1_Pooling" / "config.json", lambda values: values.update(flags))
+
+
 def pool_twice(directory):
     flags = {"pooling_mode_cls_token": True}
     edit(directory / "1_Pooling" / "config.json", lambda values: values.update(flags))
@@ -115,6 +120,10 @@ def change_the_heads(directory):
     edit(directory / "config.json", lambda values: values.update(num_attention_heads=4))
 
 
+def change_the_type_of_the_weights(directory):
+    edit(directory / "config.json", lambda values: values.update(torch_dtype="float16"))
+
+
 def swap_the_tokenizer(directory):
     def reverse(values):
         words = [word for word in values["model"]["vocab"] if not word.startswith("[")]
@@ -151,6 +160,14 @@ def pad_on_the_left(directory):
 
 def cut_texts_shorter(directory):
     edit(directory / "sentence_bert_config.json", lambda values: values.update(max_seq_length=16))
+
+
+def cut_texts_shorter_in_the_tokenizer_s_config(directory):
+    edit(directory / "tokenizer_config.json", lambda values: values.update(model_max_length=16))
+
+
+def write_the_length_as_a_text(directory):
+    edit(directory / "sentence_bert_config.json", lambda values: values.update(max_seq_length="32"))
 
 
 def change_a_prompt(directory):
@@ -201,6 +218,7 @@ def test_a_faithful_export_passes_at_every_trained_prefix(run, run_python):
     ("mutate", "parts"),
     [
         (flip_pooling, "pooling"),
+        (name_no_pooling, "pooling"),
         (pool_twice, "pooling"),
         (leave_out_prompts, "pooling"),
         (remove_activation, "scaling layer"),
@@ -213,12 +231,15 @@ def test_a_faithful_export_passes_at_every_trained_prefix(run, run_python):
         (perturb_a_weight, "backbone"),
         (change_a_position_that_no_text_has, "backbone"),
         (change_the_heads, "backbone"),
+        (change_the_type_of_the_weights, "backbone"),
         (swap_the_tokenizer, "tokenizer"),
         (swap_two_words_that_no_text_has, "tokenizer"),
         (keep_case, "tokenizer"),
         (keep_case_in_its_config, "tokenizer"),
         (pad_on_the_left, "tokenizer"),
         (cut_texts_shorter, "maximum length"),
+        (cut_texts_shorter_in_the_tokenizer_s_config, "maximum length"),
+        (write_the_length_as_a_text, "maximum length"),
         (change_a_prompt, "prompts"),
         (prompt_by_default, "prompts"),
         (normalize, "modules"),
@@ -336,6 +357,11 @@ def test_of_half_precision_the_loss_is_told_and_the_rest_is_exact(
         assert float(jax_) < 1e-7
         assert unit**2 / 10 < float(weights) < 100 * unit**2
         assert unit**2 / 10 < float(loaded) < 200 * unit**2
+    if other:
+        edit(tmp_path / "out" / "config.json", lambda v: v.update(dtype="float32"))
+        edit(tmp_path / "out" / "1_Pooling" / "config.json", lambda v: v.pop("pooling_mode"))
+        assert run_command(verify.main, tmp_path / "out") == 1
+        assert capsys.readouterr().out.splitlines()[-1] == "different: backbone, pooling"
 
 
 def test_an_export_that_names_no_prefixes_is_checked_at_eighths(copied):

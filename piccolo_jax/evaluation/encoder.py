@@ -163,20 +163,32 @@ def from_spec(
     model = Embedder(spec.backbone, pooling=spec.pooling or "mean", embed_dim=spec.embed_dim)
     # Scanned: several programs are compiled, and no backward pass needs activations of each layer.
     model = build.for_platform(model, mesh.devices.flat[0].platform, dtype, layers="scanned")
+    tokenizer = _tokenizer(spec)
     stored = pretrained.open_params(spec.path, spec.backbone, spec.embed_dim)
     rules = embedder_rules(spec.backbone.model_type)
     shardings = sharding.param_shardings(mesh, stored, rules)
     params = jax.tree.map(sharding.place, stored, shardings)
     most = spec.backbone.max_positions
     max_length = min(spec.max_seq_length or most, most)
+    return Encoder(model, tokenizer, mesh, max_length), params
+
+
+def _tokenizer(spec: pretrained.Pretrained) -> Tokenizer:
+    """Raises UserError if its ids or its limit are not what the model can take."""
     tokenizer = Tokenizer(spec.tokenizer, lower_case=spec.lower_case)
+    if tokenizer.vocab_size > spec.backbone.vocab_size:
+        raise UserError(
+            f"{spec.tokenizer}: its tokenizer has {tokenizer.vocab_size} token ids, but config.json"
+            f" has vocab_size = {spec.backbone.vocab_size}: tokenizer and weights are of different"
+            " models"
+        )
     if tokenizer.hf.truncation_side != "right":
         raise UserError(
             f"{spec.tokenizer / 'tokenizer_config.json'}: truncation_side ="
             f" {tokenizer.hf.truncation_side!r}: must be 'right': encode with sentence-transformers"
             " instead"
         )
-    return Encoder(model, tokenizer, mesh, max_length), params
+    return tokenizer
 
 
 def cut(embeddings: np.ndarray, dim: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import ranked
 from piccolo_jax.evaluation import rows as rows_lib
 from piccolo_jax.evaluation.rows import Data
+from piccolo_jax.models.modules import UNREADABLE
 
 TYPES = (
     "Retrieval",
@@ -216,7 +217,7 @@ def _manifest(directory: Path) -> dict[str, str]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["files"]
         return {row["file"]: row["task"] for row in listed if row.get("task") in TYPES}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: must be an object with a list `files` of {{file, task}} ({error!r}); mend or"
             " delete it: types are then taken from folders and columns"

@@ -21,6 +21,8 @@ _SIMILARITIES = {"cosine": ScoringFunction.COSINE, "dot": ScoringFunction.DOT_PR
 class MtebEncoder(AbsEncoder):
     """mteb's interface of an encoder. Texts are cut to `dim` after their vectors are had.
 
+    normalize: after cutting; None: as sentence-transformers does, whose Normalize module, if the
+      model has one, comes before its cut.
     `experiment` holds what makes its results others than the model's plain ones; mteb's cache keeps
     those apart.
     """
@@ -31,7 +33,7 @@ class MtebEncoder(AbsEncoder):
         vectors: Vectors,
         dim: int,
         prompts: Mapping[str, str],
-        normalize: bool,
+        normalize: bool | None,
         experiment: Mapping[str, Any],
     ):
         self._model, self._vectors, self.dim = model, vectors, dim
@@ -52,7 +54,11 @@ class MtebEncoder(AbsEncoder):
         prompt = self.prompt_of(task_metadata, prompt_type)
         texts = [prompt + text for batch in inputs for text in batch["text"]]
         rows = self._vectors.of(texts, task_metadata.name)
-        return cut(rows, self.dim) if self._normalize else rows[:, : self.dim]
+        if self._normalize:
+            return cut(rows, self.dim)
+        if self._normalize is None and self._model.normalize:
+            rows = cut(rows, self._model.width)
+        return rows[:, : self.dim]
 
     def prompt_of(self, task_metadata: Any, prompt_type: Any) -> str:
         """The most special prompt that there is: of task, then type of task, then type of text."""

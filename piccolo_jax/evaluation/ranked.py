@@ -1,5 +1,6 @@
 """Rows of retrieval and reranking sets, checked as in `rows`."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.rows import Data, rows_of, text_in, texts_in
 
+_GAIN = re.compile(r"-?\d{1,9}")  # pytrec_eval takes no long ones
 _LIMITED_CORPUS = 10  # documents kept per query of a limited retrieval set, beside the relevant
 
 
@@ -90,11 +92,12 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
     for number, line in enumerate(lines, 1):
         cells = line.rstrip("\r").split("\t")
         gain = cells[-1].strip()
-        if not line.strip() or (number == 1 and not gain.lstrip("-").isdecimal()):
+        if not line.strip() or (number == 1 and not _GAIN.fullmatch(gain)):
             continue
-        if len(cells) != 3 or not gain.lstrip("-").isdecimal():
+        if len(cells) != 3 or not _GAIN.fullmatch(gain):
             raise UserError(
-                f"{path}:{number}: must be QUERY-ID, CORPUS-ID and a whole number, by tabs"
+                f"{path}:{number}: must be QUERY-ID, CORPUS-ID and a whole number of at most 9"
+                " digits, by tabs"
             )
         yield f"{path}:{number}", cells[0], cells[1], int(gain)
 
@@ -105,6 +108,7 @@ def _by_id(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         key = row.get("id", row.get("_id"))
         if not isinstance(key, str) or not key:
             raise UserError(f"{place}: id is {key!r}; write a text")
+        text_in(row, place, "id" if "id" in row else "_id")
         if key in seen:
             raise UserError(f"{place}: id {key!r} is also at {seen[key]}; ids must be unique")
         seen[key] = place

@@ -24,10 +24,12 @@ from piccolo_jax.evaluation.benchmarks import (
     PUBLISHED_NAME,
     Convention,
 )
+from piccolo_jax.models.modules import UNREADABLE
 
 FILE = "report.json"
 _SCHEMA = 1
 _PAIR_SCORES = {"max_accuracy": "max accuracy", "cosine_ap": "average precision"}
+_OF_TASK = ("type", "metric", "revision", "splits", "subsets")  # beside its scores
 _MOST_NAMED = 40
 # Fonts for names of models in Chinese, of which a machine may have some.
 _CHINESE = (
@@ -161,7 +163,7 @@ def write(folder: Path, entry: Entry) -> None:
     merged["summary"] = summary(merged)
     content = {"schema": _SCHEMA, "models": [*(e for e in entries if e not in same), merged]}
     partial = path.with_name(f"{FILE}.partial")
-    text = json.dumps(_without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
+    text = json.dumps(without_nan(content), ensure_ascii=False, indent=1, allow_nan=False)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
@@ -178,17 +180,34 @@ def read(path: Path) -> list[Entry]:
                     int(dim): {k: math.nan if v is None else v for k, v in scores.items()}
                     for dim, scores in task["scores"].items()
                 }
-            label(entry), entry["dims"]
+            _check_fields(entry)
         return list(content["models"])
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; give the --output folder of an evaluation"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*UNREADABLE, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: not a report of this program ({error!r}); delete it and evaluate again, which"
             " reads the results that are there"
         ) from None
+
+
+def _check_fields(entry: Entry) -> None:
+    """Raises KeyError if one is missing that is read later."""
+    label(entry), [entry["folders"][str(dim)] for dim in entry["dims"]]
+    for task in entry["tasks"].values():
+        scores = [task["scores"][dim]["main_score"] for dim in entry["dims"]]
+        scores, [task[field] for field in _OF_TASK]
+
+
+def without_nan(value: Any) -> Any:
+    """With null for what is no number in JSON, such as a correlation with a constant."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def figure(path: Path, entries: Sequence[Entry], published: bool) -> None:
@@ -245,15 +264,6 @@ def _draw(entries: Sequence[Entry], published: bool) -> Any:
     handles, names = axes[0].get_legend_handles_labels()
     made.legend(handles, names, loc="outside lower center", fontsize=8)
     return made
-
-
-def _without_nan(value: Any) -> Any:
-    """With null for what is no number in JSON, such as a correlation with a constant."""
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _percent(value: float) -> str:

@@ -6,7 +6,7 @@ evaluation takes every row or none.
 
 import dataclasses
 import itertools
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow as pa
 from piccolo_jax.data import containers
 from piccolo_jax.errors import UserError
 
+_LARGEST = sys.float_info.max
 VERSION = 1  # raised whenever the same files give other data
 
 
@@ -80,7 +81,7 @@ def read_pairs(path: Path, limit: int = 0) -> Data:
         if (
             isinstance(score, bool)
             or not isinstance(score, int | float)
-            or not math.isfinite(score)
+            or not -_LARGEST <= score <= _LARGEST
         ):
             raise UserError(f"{place}: label is {score!r}; write a number")
         first.append(text_in(row, place, "text" if "text" in row else "sentence1"))
@@ -134,7 +135,7 @@ def read_clustering(path: Path, limit: int = 0) -> Data:
         keep = _spread(sets[1], limit)
         texts, labels, sets = [texts[i] for i in keep], [labels[i] for i in keep], [0, len(keep)]
     for start, end in itertools.pairwise(sets):
-        if len(set(labels[start:end])) < 2:
+        if len(set(map(str, labels[start:end]))) < 2:
             hint = "; raise --limit" if limit else ""
             raise UserError(f"{path}: the {end - start} texts of a clustering have one label{hint}")
     return Data(texts, labels=_numbered(labels, labels), sets=sets)
@@ -144,7 +145,7 @@ def read_classification(train: Path, test: Path, limit: int = 0) -> Data:
     """{text, label} of both splits. All train rows stay: a classifier sees 8 of each label."""
     texts, labels = _labelled(test)
     train_texts, train_labels = _labelled(train)
-    if len(set(train_labels)) < 2:
+    if len(set(map(str, train_labels))) < 2:
         raise UserError(f"{train}: all rows have the same label; there is nothing to learn")
     keep = _spread(len(texts), limit)
     labels = [labels[i] for i in keep]
@@ -179,6 +180,8 @@ def _label(row: dict[str, Any], place: str) -> Any:
     label = row.get("label", row.get("text_pos"))
     if isinstance(label, bool) or not isinstance(label, int | str) or label == "":
         raise UserError(f"{place}: label is {label!r}; write a whole number or a name")
+    if isinstance(label, int) and not -(2**63) <= label < 2**63:
+        raise UserError(f"{place}: label is {label!r}; write a smaller number, or a name")
     return label
 
 

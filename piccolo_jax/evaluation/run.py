@@ -36,7 +36,7 @@ _KEPT_SCORES = ("max_accuracy", "cosine_ap")  # of pairs, for the two convention
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How tasks are evaluated. normalize: None: as the model's directory says."""
+    """How tasks are evaluated. normalize: after cutting; None: as sentence-transformers does."""
 
     dims: tuple[int, ...]
     prompts: Mapping[str, str] | None = None  # None: the model's own
@@ -49,7 +49,7 @@ class Settings:
         differs: dict[str, Any] = {}
         if self.limit:
             differs["limit"] = self.limit
-        if self.normalize is not None and self.normalize != model.normalize:
+        if self.normalize or (self.normalize is False and model.normalize):
             differs["normalize"] = self.normalize
         if self.prompts is not None and self.prompts != model.prompts:
             content = json.dumps(dict(self.prompts), sort_keys=True).encode()
@@ -75,7 +75,9 @@ def evaluate(
             of_dim: dict[int, TaskResult] = {}
             for dim in settings.dims:
                 bar.set_description(f"{name} at {dim}")
-                made = mteb_encoder.MtebEncoder(model, vectors, dim, prompts, normalize, experiment)
+                made = mteb_encoder.MtebEncoder(
+                    model, vectors, dim, prompts, settings.normalize, experiment
+                )
                 of_dim[dim] = _one(task, made, cache, output, settings.overwrite)
                 bar.update()
             if task.data_loaded:

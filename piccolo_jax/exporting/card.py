@@ -27,14 +27,13 @@ def make(
     record: Record, exported: Exported, name: str, options: Options, loss: dict[int, float]
 ) -> str:
     """The card as Markdown. `loss`: by prefix, what options.dtype costs (1 - cosine)."""
-    sections = (
+    sections = [
         _title(record, exported, name),
         _use(exported, options),
         _dimensions(record, exported, loss, options),
-        _data(record),
-        _recipe(record),
-        _figures(record),
-    )
+    ]
+    if record.step != 0:
+        sections += [_data(record), _recipe(record), _figures(record)]
     body = "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines)
     return f"---\n{_front_matter(record, name)}---\n{body}\n"
 
@@ -53,7 +52,7 @@ def _front_matter(record: Record, name: str) -> str:
             metric_value=round(score.value, 5),
         )
         for score in record.scores
-        if score.dim is None
+        if score.dim is None and score.kind  # the hub knows mteb's tasks alone
     ]
     init = record.config.model.init
     from_hub = bool(init) and not Path(init).is_dir()
@@ -73,11 +72,12 @@ def _title(record: Record, exported: Exported, name: str) -> Iterator[str]:
     init, model = record.config.model.init, exported.model
     backbone = model.backbone
     start = f"from {Path(init).name}" if init else "from random weights"
+    start = f"{start}, as it was before training" if record.step == 0 else f"trained {start}"
     scaling = f"a scaling layer to {model.embed_dim}" if model.embed_dim else "no scaling layer"
     yield f"# {name}"
     yield ""
     yield (
-        f"A text-embedding model, trained {start} with piccolo_jax {__version__} (the Piccolo2"
+        f"A text-embedding model, {start} with piccolo_jax {__version__} (the Piccolo2"
         f" recipe, arXiv 2405.06932): {backbone.model_type} of {backbone.num_layers} layers and"
         f" {backbone.hidden_size} hidden units, {model.pooling} pooling, {scaling}, texts of at"
         f" most {exported.max_length} tokens."
@@ -127,7 +127,8 @@ def _dimensions(
     record: Record, exported: Exported, loss: dict[int, float], options: Options
 ) -> Iterator[str]:
     now = {row["dataset"]: row for row in record.evaluations if row["step"] == record.step}
-    start = {row["dataset"]: row for row in record.evaluations if row["step"] == 0}
+    first = [row for row in record.evaluations if row["step"] == 0 and record.step != 0]
+    start = {row["dataset"]: row for row in first}
     tables: list[tuple[str, list[str], list[list[Any]]]] = []
     if now:
         dims = sorted({int(key) for row in now.values() for key in row if key.isdigit()})
@@ -135,7 +136,8 @@ def _dimensions(
             [f"{name} {row['metric']}", *(_before_after(start.get(name, {}), row, d) for d in dims)]
             for name, row in now.items()
         ]
-        steps = f"after step {record.step}" + " (before training -> after)" * bool(start)
+        steps = f"after step {record.step}" if record.step else "before training"
+        steps += " (before training -> after)" * bool(start)
         text = f"On the evaluation files of the run, {steps}:"
         tables.append((text, ["dataset", *map(str, dims)], rows))
     if record.scores:
@@ -186,7 +188,8 @@ def _licence(record: Record, dataset: str) -> str:
 
 def _recipe(record: Record) -> Iterator[str]:
     config = record.config
-    done = f"{record.step} of {config.total_steps}" if record.step else str(config.total_steps)
+    total = str(config.total_steps)
+    done = total if record.step is None else f"{record.step} of {total}"
     yield from ("## Recipe", "")
     yield (
         f"{done} steps of {config.batch_size} rows, each on one dataset, with"

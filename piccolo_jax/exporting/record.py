@@ -13,6 +13,9 @@ from piccolo_jax.config import Config
 from piccolo_jax.data import formats
 from piccolo_jax.data.prepare import name_of
 from piccolo_jax.errors import UserError
+from piccolo_jax.models.modules import UNREADABLE
+
+_PREFIX = re.compile(r"embed_dim_(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Score:
     """mteb's main score of a task; `dim` None: at full width."""
 
     task: str
-    kind: str  # of task, as Retrieval
+    kind: str  # of task, as Retrieval; empty: mteb doesn't know the task
     dataset: str
     metric: str
     subset: str
@@ -79,9 +82,15 @@ def read_record(
 def read_scores(folder: Path) -> Iterator[Score]:
     """Main scores of mteb's result files below a folder: [ORG__NAME/][REVISION/]TASK.json.
 
-    Those of a prefix lie in experiments/embed_dim_256, as mteb has it. Raises UserError.
+    Those of a prefix lie in experiments/embed_dim_256, as mteb has it; other experiments, as
+    experiments/limit_8 of a quick look, are not scores of the model. Raises UserError.
     """
-    files = [p for p in sorted(folder.rglob("*.json")) if p.name != "model_meta.json"]
+    files = [
+        path
+        for path in sorted(folder.resolve().rglob("*.json"))
+        if path.name != "model_meta.json"
+        and (path.parent.parent.name != "experiments" or _PREFIX.fullmatch(path.parent.name))
+    ]
     results = [(path, values) for path in files if "task_name" in (values := _read_json(path))]
     if not results:
         raise UserError(f"--results={folder}: holds no results of mteb (TASK.json)")
@@ -92,7 +101,7 @@ def read_scores(folder: Path) -> Iterator[Score]:
             f" ({', '.join(sorted(models)[:3])}); give one of these folders"
         )
     for path, values in results:
-        found = re.search(r"embed_dim_(\d+)", path.parent.name)
+        found = _PREFIX.fullmatch(path.parent.name)
         dim = int(found[1]) if found else None
         known = _task(values["task_name"])
         try:
@@ -118,14 +127,14 @@ def _task(name: str) -> dict[str, str]:
     try:
         about = mteb.get_task(name).metadata
     except KeyError:
-        return {"kind": "Other", "dataset": name, "metric": "main_score"}
+        return {"kind": "", "dataset": name, "metric": "main_score"}
     return {"kind": about.type, "dataset": about.dataset["path"], "metric": about.main_score}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
     return values if isinstance(values, dict) else {}
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save_file
 
 from piccolo_jax.errors import UserError
+from piccolo_jax.models.modules import UNREADABLE, read_json
 
 NAME = "piccolo_jax.safetensors"
 ONNX_FOLDER = "onnx"
@@ -154,7 +155,7 @@ def vocabulary_digests(directory: Path) -> dict[str, str]:
     try:
         model = json.loads(path.read_text(encoding="utf-8"))["model"]
         words = {name: model[name] for name in ("vocab", "merges") if name in model}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*UNREADABLE, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a tokenizer that can be read ({error!r})") from error
     digests = {path.name: hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()}
     if plain.exists():
@@ -164,7 +165,9 @@ def vocabulary_digests(directory: Path) -> dict[str, str]:
 
 def files_of(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What verifying.files compares; `config` is the backbone's config.json."""
+    limits = directory / "tokenizer_config.json"
     return {
+        "model_max_length": read_json(limits).get("model_max_length") if limits.exists() else None,
         "tensors": tensor_digests(directory),
         "config": config,
         "vocabulary": vocabulary_digests(directory),

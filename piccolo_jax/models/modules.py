@@ -10,10 +10,11 @@ from typing import Any
 
 from piccolo_jax.errors import UserError
 
+UNREADABLE = (OSError, ValueError, RecursionError)  # what reading JSON from a file raises
 ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 _THEIRS = "sentence_transformers."  # what the type of a module of theirs begins with
 _ELSE = "encode with sentence-transformers instead"
-_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # theirs -> ours
+POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # theirs -> ours
 _LEGACY_POOLINGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -70,7 +71,7 @@ def read_modules(directory: Path) -> dict[str, Path]:
             if kind in modules:
                 raise UserError(f"{path}: two modules of type {kind}: not supported: {_ELSE}")
             modules[kind] = folder
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (*UNREADABLE, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a list of modules with type and path ({error!r})") from error
     for kind in ("Transformer", "Pooling"):
         if kind not in modules:
@@ -111,18 +112,25 @@ def read_transformer(folder: Path) -> tuple[int | None, bool]:
     return limit, lower
 
 
+def named_poolings(values: dict[str, Any]) -> list[Any]:
+    """Their names of the poolings that a Pooling module's file says, by name or by flags."""
+    modes = values.get("pooling_mode")
+    if modes is None:
+        return [mode for field, mode in _LEGACY_POOLINGS.items() if values.get(field)]
+    return modes if isinstance(modes, list) else [modes]
+
+
 def read_pooling(folder: Path, hidden_size: int) -> str:
     """mean, cls or last."""
     path = folder / "config.json"
     values = read_json(path)
-    modes = values.get("pooling_mode")
-    if modes is None:
-        modes = [mode for field, mode in _LEGACY_POOLINGS.items() if values.get(field)] or ["mean"]
-    modes = modes if isinstance(modes, list) else [modes]
-    if len(modes) != 1 or str(modes[0]) not in _POOLINGS:
+    modes = named_poolings(values)
+    if values.get("pooling_mode") is None:
+        modes = modes or ["mean"]
+    if len(modes) != 1 or str(modes[0]) not in POOLINGS:
         raise UserError(
             f"{path}: pooling mode {' + '.join(map(str, modes))}: must be one of"
-            f" {', '.join(_POOLINGS)}: {_ELSE}; config.model.pooling takes another for training"
+            f" {', '.join(POOLINGS)}: {_ELSE}; config.model.pooling takes another for training"
         )
     if not values.get("include_prompt", True):
         raise UserError(
@@ -135,7 +143,7 @@ def read_pooling(folder: Path, hidden_size: int) -> str:
                 f"{path}: {field} = {values[field]!r}: must be {hidden_size}, the hidden_size of"
                 " config.json"
             )
-    return _POOLINGS[modes[0]]
+    return POOLINGS[modes[0]]
 
 
 def read_dense(folder: Path, hidden_size: int) -> tuple[int, bool]:
@@ -174,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: not a Hugging Face model directory") from None
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: must be a JSON object")

@@ -4,7 +4,7 @@ Numpy, JSON and safetensors only; no torch.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +128,25 @@ def _read_prompts(path: Path, values: dict[str, Any]) -> tuple[dict[str, str], s
         prompt is None or isinstance(prompt, str) for prompt in prompts.values()
     ):
         raise UserError(f"{path}: prompts = {prompts!r}: must be an object of texts")
+    check_prompts(str(path), prompts)
     default = values.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and not (isinstance(default, str) and default in prompts):
         raise UserError(
             f"{path}: default_prompt_name = {default!r}: must be null or one of prompts"
             f" ({', '.join(prompts) or 'there are none'})"
         )
     return {name: prompt or "" for name, prompt in prompts.items()}, default
+
+
+def check_prompts(source: str, prompts: Mapping[str, str | None]) -> None:
+    """Raises UserError, which begins with `source`, for a prompt that can't be encoded."""
+    for name, prompt in prompts.items():
+        try:
+            f"{name}{prompt}".encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{source}: prompt {name!r} holds half a character (a lone surrogate); mend it"
+            ) from None
 
 
 def _read_truncate_dim(path: Path, values: dict[str, Any]) -> int | None:
@@ -250,7 +262,9 @@ class _Tensors:
         elif self.index.exists():
             self.source = self.index
             weights = read_json(self.index).get("weight_map")
-            if not isinstance(weights, dict):
+            if not isinstance(weights, dict) or not all(
+                isinstance(file, str) for file in weights.values()
+            ):
                 raise UserError(f"{self.index}: weight_map: must be an object of file names")
             self.where = {name: directory / file for name, file in weights.items()}
         else:

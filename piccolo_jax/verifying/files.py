@@ -13,6 +13,7 @@ import tokenizers
 from piccolo_jax.errors import UserError
 from piccolo_jax.exporting import reference as references
 from piccolo_jax.exporting.reference import Reference
+from piccolo_jax.models import modules
 from piccolo_jax.verifying.findings import Finding
 
 _PARTS = {"2_Dense": "scaling layer"}
@@ -29,6 +30,12 @@ def compare(directory: Path, reference: Reference) -> Iterator[Finding]:
         yield _compare_names(part, file, known["tensors"].get(file), here.get(file))
     config = {k: value for k, value in known["config"].items() if k not in _NOT_COMPARED}
     yield _compare_fields("backbone", directory, "config.json", config)
+    yield _compare_dtype(directory, reference.about["dtype"])
+    yield _compare_pooling(directory, reference.about["pooling"])
+    limit = known.get("model_max_length", reference.about["max_length"])
+    if limit is not None:
+        limits = {"model_max_length": limit}
+        yield _compare_fields("maximum length", directory, "tokenizer_config.json", limits)
     if reference.about["scaling"]:
         width, embed_dim = reference.pooled.shape[1], reference.embeddings.shape[1]
         sizes = {"in_features": width, "out_features": embed_dim, "bias": True}
@@ -42,6 +49,31 @@ def compare(directory: Path, reference: Reference) -> Iterator[Finding]:
     onnx = references.file_digests(directory)
     if known["onnx"] or onnx:
         yield _compare_names("ONNX", references.ONNX_FOLDER, known["onnx"], onnx)
+
+
+def _compare_dtype(directory: Path, known: str) -> Finding:
+    """By either name that versions have for it."""
+    path = directory / "config.json"
+    here = _read_json(path) if path.exists() else {}
+    changed = [
+        f"{name} = {here[name]!r}, exported {known!r}"
+        for name in ("torch_dtype", "dtype")
+        if here.get(name, known) != known
+    ]
+    return Finding("backbone", f"{path.name}: {', '.join(changed) or known}", not changed)
+
+
+def _compare_pooling(directory: Path, known: str) -> Finding:
+    """By name or by flags; a model without the module has the mean, one that names none fails."""
+    path = directory / "1_Pooling" / "config.json"
+    file = path.relative_to(directory)
+    if not path.exists():
+        same = known == "mean" and not (directory / "modules.json").exists()
+        return Finding("pooling", f"{file}: is missing", same)
+    named = list(map(str, modules.named_poolings(_read_json(path))))
+    same = [modules.POOLINGS.get(name) for name in named] == [known]
+    what = "as exported" if same else f"{' + '.join(named) or 'no pooling'}, exported {known}"
+    return Finding("pooling", f"{file}: {what}", same)
 
 
 def _compare_token_ids(path: Path, reference: Reference) -> Finding:
@@ -85,5 +117,5 @@ def _compare_names(
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (*modules.UNREADABLE, TypeError) as error:
         raise UserError(f"{path}: not readable as a JSON object ({error})") from error

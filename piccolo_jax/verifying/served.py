@@ -15,6 +15,7 @@ from piccolo_jax.exporting.reference import Reference
 from piccolo_jax.verifying.findings import Finding, compare, padded
 
 _PARTS = {"Transformer": "backbone", "Pooling": "pooling", "Dense": "scaling layer"}
+_FAILURES = (RuntimeError, ValueError, KeyError, IndexError, TypeError)  # of a model that is broken
 
 
 def load(directory: Path, as_float32: bool = True) -> Any:
@@ -73,7 +74,7 @@ def parts(model: Any, reference: Reference) -> Iterator[Finding]:
         if kind in modules:
             try:
                 yield checks[kind](modules[kind], reference)
-            except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            except _FAILURES as error:
                 yield Finding(_PARTS[kind], f"fails: {_line(error)}", False)
 
 
@@ -91,14 +92,14 @@ def encode(model: Any, texts: Sequence[str], prompt: str = "") -> np.ndarray:
     """float32 [texts, D] of texts behind a prompt. Raises UserError if the model fails."""
     try:
         vectors = model.encode(list(texts), convert_to_numpy=True, prompt=prompt)
-    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+    except _FAILURES as error:
         raise UserError(f"sentence-transformers fails with this model: {_line(error)}") from error
     return np.asarray(vectors, np.float32)
 
 
 def _tokenizer(model: Any, reference: Reference) -> Iterator[Finding]:
     length, trained = model.max_seq_length, reference.about["max_length"]
-    yield Finding("maximum length", f"{length} tokens, exported {trained}", length == trained)
+    yield Finding("maximum length", f"{length!r} tokens, exported {trained}", length == trained)
     texts = reference.prompted
     model.max_seq_length = trained  # so that only what else differs shows
     tokenize = model.preprocess if hasattr(model, "preprocess") else model.tokenize

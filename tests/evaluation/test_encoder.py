@@ -10,6 +10,7 @@ import small
 
 from piccolo_jax import build, export
 from piccolo_jax.data.tokenizer import Tokenizer
+from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import encoder
 from piccolo_jax.models.embedder import Embedder
 
@@ -147,6 +148,16 @@ def test_a_length_limit_beyond_the_positions_is_lowered(directory, tmp_path):
     assert made.max_length == MAX_LENGTH  # of tokenizer_config.json
     assert isinstance(made.tokenizer, Tokenizer)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+
+
+def test_token_ids_beyond_the_vocabulary_are_an_error(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer.json"
+    values = json.loads(path.read_text("utf-8"))
+    values["model"]["vocab"]["kühl"] = 2600
+    path.write_text(json.dumps(values), "utf-8")
+    with pytest.raises(UserError, match=r"m: its tokenizer has 2601 token ids, but .* = 2600"):
+        encoder.load(tmp_path / "m")
 
 
 def test_products_are_of_the_type_asked_for(directory, rows):

@@ -52,9 +52,10 @@ def test_the_manifest_comes_before_folders_and_columns(tmp_path):
     listed = [{"file": "pair/a.test.jsonl", "task": "STS"}]
     (tmp_path / "manifest.json").write_text(json.dumps({"files": listed}))
     assert found_in(tmp_path) == [("a", "STS", "test")]
-    (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(UserError, match=r"manifest\.json: must be an object with a list `files`"):
-        found_in(tmp_path)
+    for text in ("[]", "[" * 100_000):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=r"manifest\.json: must be an object with a list `file"):
+            found_in(tmp_path)
 
 
 def test_the_split_is_test_else_dev_unless_one_is_named(tmp_path):
@@ -200,6 +201,14 @@ def test_a_limit_that_leaves_one_label_says_so(tmp_path):
             read(tmp_path, limit=1, tasks=[name])
 
 
+def test_labels_that_are_one_as_texts_are_one(tmp_path):
+    labels = [{"text": "a", "label": n} for n in (0, "0")]
+    write_rows(tmp_path / "c.train.jsonl", *labels)
+    write_rows(tmp_path / "c.test.jsonl", *labels)
+    with pytest.raises(UserError, match=r"c\.train\.jsonl: all rows have the same label"):
+        read(tmp_path)
+
+
 def test_two_labels_of_many_are_0_and_1(tmp_path):
     labels = [{"text": "a", "label": n} for n in (4, 2, 3, 4)]
     write_rows(tmp_path / "c.train.jsonl", *labels)
@@ -252,8 +261,11 @@ def test_the_fingerprint_is_of_content_split_and_limit(tmp_path):
         ("sts/a.test.jsonl", [PAIR, {**PAIR, "text": 3}], ":2: text is int; write a text"),
         ("sts/a.test.jsonl", [PAIR, '{"text": "\\ud800", "text_pair": "b", "label": 1}'], ":2: te"),
         ("sts/a.test.jsonl", [PAIR, PAIR], "all 2 rows used have the same label"),
+        ("sts/a.test.jsonl", [PAIR, {**PAIR, "label": 10**400}], r":2: label is 10{400}; write"),
         ("pair/a.test.jsonl", [PAIR, {**PAIR, "label": 2}], r":2: label is 2; a pair's label is 0"),
         ("clustering/a.test.jsonl", [LABELLED[0]] * 2, "texts of a clustering have one label$"),
+        ("clustering/a.test.jsonl", [{**LABELLED[0], "label": x} for x in (0, "0")], "one label$"),
+        ("clustering/a.test.jsonl", [{"text": "a", "label": 10**30}], ":1: label is 10{30}; write"),
         ("clustering/a.test.jsonl", [{"text": "a", "label": 0.5}], r":1: label is 0\.5; write a w"),
         ("clustering/a.test.jsonl", [{"sentences": ["a"], "labels": []}], ":1: .* equal length"),
         ("classification/a.test.jsonl", LABELLED, r"a\.train\.jsonl, which is not beside it"),
@@ -273,6 +285,9 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, place, li
     [
         ("qrels.test.tsv", "q0\td0\t1\nq0 d1 1\n", r"qrels\.test\.tsv:2: must be QUERY-ID, CORPUS"),
         ("qrels.test.tsv", "q0\td0\t0.5\nq0\td0\tx\n", r"qrels\.test\.tsv:2: must be QUERY-ID"),
+        ("qrels.test.tsv", "q0\td0\t1\nq0\td1\t--1\n", r"qrels\.test\.tsv:2: must be QUERY-ID"),
+        ("qrels.test.tsv", f"q0\td0\t1\nq0\td1\t{10**30}\n", r"tsv:2: .* at most 9 digits"),
+        ("corpus.jsonl", '{"id": "\\ud800", "text": "a"}\n', r"corpus\.jsonl:1: id holds half"),
         ("qrels.test.tsv", "q0\td99\t1\n", r"qrels\.test\.tsv:1: document 'd99' is not in corpus"),
         ("qrels.test.tsv", "q99\td0\t1\n", r"qrels\.test\.tsv:1: query 'q99' is not in queries"),
         ("qrels.test.tsv", "q0\td0\t0\n", r"no query of queries\.test\.jsonl has a document"),

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import pytest
 import small
@@ -85,6 +86,15 @@ def test_a_card_says_what_the_run_noted_up_to_the_exported_step(workdir, model):
     assert headings(text) == ["Use", "Dimensions", "Training data", "Recipe", "Training figures"]
 
 
+def test_a_card_of_weights_from_before_training_claims_no_training(workdir, model):
+    text = card.make(record.read_record(workdir, config(), 0), model, "my-model", Options(), {})
+    assert "from random weights, as it was before training with piccolo_jax" in text
+    assert "On the evaluation files of the run, before training:" in text
+    assert "| dev spearman | 0.2500 | 0.5000 |" in text.splitlines()
+    assert headings(text) == ["Use", "Dimensions"]
+    assert "steps" not in text
+
+
 def test_scores_are_those_of_the_weights_that_are_exported(workdir, model):
     with (workdir / "eval.jsonl").open("a") as file:
         for row in EVALS:
@@ -159,12 +169,24 @@ def test_the_front_matter_is_what_the_hub_reads(workdir, model, tmp_path):
     assert data.library_name == "sentence-transformers"
     assert {"matryoshka", "mteb"} <= set(data.tags)
     assert data.model_name == "my: model"
-    first, second = sorted(data.eval_results, key=lambda result: result.dataset_name)
-    assert (first.dataset_name, first.metric_value) == ("MTEB Own: files", 0.25)
-    assert (second.task_type, second.dataset_type) == ("STS", "mteb/STSB")
-    assert (second.metric_type, second.metric_value) == ("cosine_spearman", 0.5)
-    assert second.dataset_revision == "abc"
+    [result] = data.eval_results  # none of files that mteb doesn't know
+    assert (result.task_type, result.dataset_type) == ("STS", "mteb/STSB")
+    assert (result.metric_type, result.metric_value) == ("cosine_spearman", 0.5)
+    assert result.dataset_revision == "abc"
     assert "| STSB, test, cosine_spearman | 0.4000 | 0.5000 |" in text.splitlines()
+    assert "| Own: files, test, main_score | 0.2000 | 0.2500 |" in text.splitlines()
+
+
+@pytest.mark.parametrize("experiment", ["limit_8", "embed_dim_8__limit_8", "normalize_True"])
+def test_results_of_other_experiments_are_not_the_model_s(tmp_path, experiment):
+    write_results(tmp_path, {"STSB": 0.5})
+    plain = list(record.read_scores(tmp_path))
+    assert [score.dim for score in plain] == [None, 8]
+    place = tmp_path / "m" / "rev" / "experiments"
+    shutil.copytree(place / "embed_dim_8", place / experiment)
+    assert list(record.read_scores(tmp_path)) == plain
+    with pytest.raises(UserError, match="holds no results of mteb"):
+        list(record.read_scores(place / experiment))
 
 
 def write_results(folder, scores):

@@ -150,6 +150,11 @@ def test_pooling_is_read_from_both_layouts(directory, values, pooling):
         ("modules.json", [{"type": "sentence_transformers.models.LSTM", "path": "1"}],
          "module sentence_transformers.models.LSTM: not supported"),
         ("modules.json", [{"type": 3, "path": "1"}], "not a list of modules"),
+        ("config_sentence_transformers.json", {"prompts": {"query": "\ud800"}},
+         "prompt 'query' holds half a character (a lone surrogate)"),
+        ("config_sentence_transformers.json",
+         {"prompts": {"query": "q"}, "default_prompt_name": ["query"]},
+         "default_prompt_name = ['query']: must be null or one of prompts"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_with_file_and_name(directory, file, values, message):
@@ -158,6 +163,13 @@ def test_what_is_not_supported_is_refused_with_file_and_name(directory, file, va
         read_spec(directory)
     assert str(error.value).startswith(f"{directory / file}: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "modules.json"])
+def test_what_is_too_deep_for_python_is_a_user_error(directory, file):
+    (directory / file).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=f"{file}: not "):
+        read_spec(directory)
 
 
 @pytest.mark.parametrize("text", [None, "{"])
@@ -221,6 +233,12 @@ def test_sharded_weights_are_read_through_their_index(directory):
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     write_json(directory / "model.safetensors.index.json", index)
     assert_equal(load_params(directory, CONFIG, 6), PARAMS)
+    for file in (None, 3):
+        broken = {"weight_map": index["weight_map"] | {names[0]: file}}
+        write_json(directory / "model.safetensors.index.json", broken)
+        with pytest.raises(UserError, match=r"index\.json: weight_map: must be an object of file"):
+            load_params(directory, CONFIG)
+    write_json(directory / "model.safetensors.index.json", index)
     (directory / "b.safetensors").unlink()
     with pytest.raises(UserError, match=r"b\.safetensors: not a readable safetensors file"):
         load_params(directory, CONFIG)
