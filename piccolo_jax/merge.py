@@ -254,6 +254,9 @@ def _unknown_to_a_reference(directory: Path) -> Iterator[str]:
         yield "truncate_dim"
     if spec.tokenizer != directory:
         yield "its Transformer in a folder"
+    listed = modules.read_modules(directory).get("Pooling")
+    if listed and listed != directory / "1_Pooling":
+        yield "its Pooling in another folder"
     if (similarity := _similarity(directory)) != "cosine":
         yield f"similarity {similarity}"
 

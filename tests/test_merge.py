@@ -127,13 +127,15 @@ def test_the_merge_loads_in_sentence_transformers_as_in_jax(models, copied, tmp_
 
 
 def as_no_export_is(directory):
-    """Normalize, no bias, a default prompt, and the Transformer in a folder of its own."""
+    """Normalize, no bias, a default prompt, and Transformer and Pooling in folders of their own."""
     modules = json.loads((directory / "modules.json").read_text("utf-8"))
     (directory / "0_Transformer").mkdir()
     for name in ("config.json", "model.safetensors", "sentence_bert_config.json",
                  "tokenizer.json", "tokenizer_config.json", "vocab.txt"):  # fmt: skip
         (directory / name).rename(directory / "0_Transformer" / name)
     modules[0]["path"] = "0_Transformer"
+    (directory / "1_Pooling").rename(directory / "pooling")
+    modules[1]["path"] = "pooling"
     kind = "sentence_transformers.models.Normalize"
     modules.append({"idx": 3, "name": "3", "path": "3_Normalize", "type": kind})
     (directory / "modules.json").write_text(json.dumps(modules))
@@ -151,7 +153,7 @@ def test_directories_from_elsewhere_are_merged_in_their_own_layout(models, tmp_p
         shutil.copytree(model, tmp_path / name)
         as_no_export_is(tmp_path / name)
     assert run(tmp_path / "out", tmp_path / "A", tmp_path / "B") == 0
-    assert "a Normalize module, a default prompt, its Transformer in a folder" in (
+    assert "a Normalize module, a default prompt, its Transformer in a folder, its Pooling in" in (
         capsys.readouterr().err
     )
     assert load_file(tmp_path / "out" / "2_Dense" / "model.safetensors").keys() == {"linear.weight"}
