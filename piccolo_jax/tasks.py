@@ -128,14 +128,17 @@ def _draw_not_own(
     labels, from a random place on.
     """
     texts, labels = columns["text"], columns["labels"]
-    same = np.flatnonzero(np.isin(texts, texts[rows]))
+    by_text, ordered = labels.by_key(texts)
+    wanted = np.unique(texts[rows])
+    ends = zip(*(np.searchsorted(ordered, wanted, s) for s in ("left", "right")), strict=True)
+    same = np.concatenate([by_text[begin:end] for begin, end in ends])
     owner, source = _flat(labels, same)
     own = np.unique(_pairs(texts[same][owner], labels.values[source]))
     most = int(np.unique(own >> 32, return_counts=True)[1].max())
     order = rng.permutation(labels.distinct)
-    begin = rng.integers(0, len(order), (len(rows), 1))
+    start = rng.integers(0, len(order), (len(rows), 1))
     stretch = np.arange(min(count + most, len(order)))
-    drawn = order[(begin + stretch) % len(order)]
+    drawn = order[(start + stretch) % len(order)]
     usable = ~np.isin(_pairs(texts[rows][:, None], drawn), own)
     first = np.argsort(~usable, axis=1, kind="stable")[:, :count]
     members = np.zeros((len(rows), count), np.int32)

@@ -50,6 +50,13 @@ class Ragged:
         """All values, each once, increasing."""
         return np.unique(self.values)
 
+    def by_key(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row ids in the order of the rows' keys, which never change, and the keys in it."""
+        if "_by_key" not in self.__dict__:  # sorted once, for every step
+            order = np.argsort(keys, kind="stable")
+            self.__dict__["_by_key"] = order, keys[order]
+        return self.__dict__["_by_key"]
+
 
 Columns = dict[str, Any]  # column name -> int32 [rows], float32 [rows] (scores) or Ragged
 

@@ -92,7 +92,7 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, str, int]]:
     for number, line in enumerate(lines, 1):
         cells = line.rstrip("\r").split("\t")
         gain = cells[-1].strip()
-        if not line.strip() or (number == 1 and not _GAIN.fullmatch(gain)):
+        if not line.strip() or (number == 1 and not gain.lstrip("-").isdecimal()):
             continue
         if len(cells) != 3 or not _GAIN.fullmatch(gain):
             raise UserError(

@@ -195,10 +195,10 @@ def read(path: Path) -> list[Entry]:
 
 def _check_fields(entry: Entry) -> None:
     """Raises KeyError if one is missing that is read later."""
-    label(entry), [entry["folders"][str(dim)] for dim in entry["dims"]]
+    needed = [label(entry), *(entry["folders"][str(dim)] for dim in entry["dims"])]
     for task in entry["tasks"].values():
-        scores = [task["scores"][dim]["main_score"] for dim in entry["dims"]]
-        scores, [task[field] for field in _OF_TASK]
+        needed += [task["scores"][dim]["main_score"] for dim in entry["dims"]]
+        needed += [task[field] for field in _OF_TASK]
 
 
 def without_nan(value: Any) -> Any:

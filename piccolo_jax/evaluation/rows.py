@@ -78,6 +78,8 @@ def read_pairs(path: Path, limit: int = 0) -> Data:
     first, second, labels = [], [], []
     for place, row in rows_of(path):
         score = row.get("label", row.get("score"))
+        if isinstance(score, containers.NumberLike):
+            score = float(score)
         if (
             isinstance(score, bool)
             or not isinstance(score, int | float)

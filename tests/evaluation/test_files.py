@@ -7,7 +7,7 @@ from evaluation import six_types
 from evaluation.six_types import write_rows
 
 from piccolo_jax.errors import UserError
-from piccolo_jax.evaluation import files
+from piccolo_jax.evaluation import files, rows
 
 PAIR = {"text": "a", "text_pair": "b", "label": 1}
 OTHER = {"text": "c", "text_pair": "d", "label": 0}
@@ -287,6 +287,7 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, place, li
         ("qrels.test.tsv", "q0\td0\t0.5\nq0\td0\tx\n", r"qrels\.test\.tsv:2: must be QUERY-ID"),
         ("qrels.test.tsv", "q0\td0\t1\nq0\td1\t--1\n", r"qrels\.test\.tsv:2: must be QUERY-ID"),
         ("qrels.test.tsv", f"q0\td0\t1\nq0\td1\t{10**30}\n", r"tsv:2: .* at most 9 digits"),
+        ("qrels.test.tsv", f"q0\td0\t{10**30}\nq0\td1\t1\n", r"tsv:1: .* at most 9 digits"),
         ("corpus.jsonl", '{"id": "\\ud800", "text": "a"}\n', r"corpus\.jsonl:1: id holds half"),
         ("qrels.test.tsv", "q0\td99\t1\n", r"qrels\.test\.tsv:1: document 'd99' is not in corpus"),
         ("qrels.test.tsv", "q99\td0\t1\n", r"qrels\.test\.tsv:1: query 'q99' is not in queries"),
@@ -306,6 +307,11 @@ def test_a_broken_retrieval_folder_is_an_error(tmp_path, name, content, message)
         (folder / name).write_text(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path, tasks=["titles"])
+
+
+def test_labels_of_pairs_in_csv_are_numbers_however_they_are_written(tmp_path):
+    (tmp_path / "a.csv").write_text("text,text_pair,label\na,b,1e-1\na,c,0.5\na,d,2\n")
+    assert rows.read_pairs(tmp_path / "a.csv").labels == [0.1, 0.5, 2.0]
 
 
 def test_the_real_data_are_all_readable(shared):
