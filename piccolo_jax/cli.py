@@ -91,10 +91,10 @@ def parse(
             config_lib.get(config, field)
         return config
 
-    config_flags.DEFINE_config_dataclass(
-        "config", Config(), flag_values=values, sys_argv=argv, parse_fn=load
-    )
     try:
+        config_flags.DEFINE_config_dataclass(
+            "config", Config(), flag_values=values, sys_argv=argv, parse_fn=load
+        )
         rest = values(argv)[1:]
     except UserError:
         raise
@@ -105,6 +105,8 @@ def parse(
     for name in required:
         if not (values[name].present and values[name].value):
             raise UserError(f"--{name} is missing\n{usage}")
+    if not config_lib.is_utf8(str(values["workdir"].value)):
+        raise UserError(f"--workdir={values['workdir'].value!r}: not UTF-8; rename the folder")
     config = cast(Config, values["config"].value)
     config_lib.validate(config)
     return config, values

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, dataclass_transform
 
+import numpy as np
 import pydantic
 
 from piccolo_jax.errors import UserError
@@ -285,9 +286,23 @@ def validate(config: Config) -> None:
     except pydantic.ValidationError as error:
         raise UserError(_first_problem(error)) from None
 
+    for field, value in _leaves(config):
+        for text in value if isinstance(value, tuple) else (value,):
+            readable = not isinstance(text, str) or is_utf8(text)
+            require(readable, field, "text that is UTF-8 (rename the file if it is a path)")
+
     def positive(*fields: str) -> None:
         for field in fields:
             require(get(config, field) > 0, field, "greater than 0")
+
+    def small(*fields: str) -> None:
+        for field in fields:
+            require(get(config, field) < 2**31, field, "less than 2**31")
+
+    def float32(*fields: str) -> None:
+        for field in fields:
+            low, high = 1e-37, 3e38
+            require(low <= get(config, field) <= high, field, f"greater than 0 ({low} to {high})")
 
     def not_negative(*fields: str) -> None:
         for field in fields:
@@ -299,16 +314,17 @@ def validate(config: Config) -> None:
     positive("total_steps", "batch_size", "log.every", "checkpoint.keep")
     not_negative("seed", "checkpoint.every", "eval.every")
     require(config.seed < 2**32, "seed", "less than 2**32")
-    for field in ("total_steps", "batch_size"):
-        require(get(config, field) < 2**31, field, "less than 2**31")
+    small("total_steps", "batch_size", "model.embed_dim")
 
     model = config.model
     require(bool(model.init or model.tokenizer), "model.tokenizer",
             "a directory or hub id with a tokenizer when model.init is empty")  # fmt: skip
     if not model.init:
-        positive(*(f"model.{f}" for f in (
+        of_model = [f"model.{f}" for f in (
             "vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size",
-            "max_positions")))  # fmt: skip
+            "max_positions")]  # fmt: skip
+        positive(*of_model)
+        small(*of_model)
         require(model.hidden_size % model.num_heads == 0, "model.num_heads",
                 f"a divisor of model.hidden_size = {model.hidden_size}")  # fmt: skip
     one_of("model.pooling", "", "mean", "cls", "last")
@@ -318,6 +334,7 @@ def validate(config: Config) -> None:
     not_negative("model.embed_dim")
     require(model.dropout is None or 0 <= model.dropout < 1, "model.dropout", "None or in [0, 1)")
     for pattern in model.freeze:
+        require(pattern != "", "model.freeze", "without '', which fits every path; () for none")
         try:
             re.compile(pattern)
         except re.error as error:
@@ -334,10 +351,11 @@ def validate(config: Config) -> None:
     if width is not None:
         validate_width(config, width)
     for task in TASK_NAMES:
-        positive(f"loss.{task}.temperature", f"loss.{task}.weight")
+        float32(f"loss.{task}.temperature", f"loss.{task}.weight")
     one_of("loss.retrieval.candidates", "all", "own_positive")
     one_of("loss.retrieval.duplicates", "once", "count")
     positive("loss.classification.max_negatives")
+    small("loss.classification.max_negatives")
     terms = config.loss.retrieval.terms
     require(terms[:1] == ("qd",) and len(set(terms)) == len(terms)
             and set(terms) <= {"qd", "qq", "dq", "dd"},
@@ -350,13 +368,13 @@ def validate(config: Config) -> None:
         value = get(config, field)
         require(value is None or 0 <= value < 2, field, "None or in [0, 2)")
 
-    positive("optim.learning_rate", "optim.eps")
+    float32("optim.learning_rate", "optim.eps")
     one_of("optim.schedule", "cosine", "linear", "constant")
     not_negative("optim.warmup_steps", "optim.weight_decay", "optim.clip_norm")
     require(config.optim.warmup_steps < config.total_steps, "optim.warmup_steps",
             f"less than total_steps = {config.total_steps}")  # fmt: skip
     for beta in ("optim.b1", "optim.b2", "optim.ema_decay"):
-        require(0 <= get(config, beta) < 1, beta, "in [0, 1)")
+        require(0 <= float(np.float32(get(config, beta))) < 1, beta, "in [0, 1), as a 32-bit float")
 
     def check_labels(where: str, dataset: DatasetConfig | EvalDatasetConfig) -> None:
         require(not dataset.label_names or dataset.task in ("", "classification"),
@@ -371,8 +389,8 @@ def validate(config: Config) -> None:
         require(bool(dataset.path), f"{where}.path", "a file or directory")
         one_of(f"{where}.task", "", *TASK_NAMES)
         positive(f"{where}.weight", f"{where}.repeats")
-        require(dataset.weight * dataset.repeats <= 1e9, f"{where}.weight",
-                f"at most {1e9:g} / repeats")  # fmt: skip
+        require(1e-9 <= dataset.weight * dataset.repeats <= 1e9, f"{where}.weight",
+                f"at least {1e-9:g} and at most {1e9:g} / repeats")  # fmt: skip
         not_negative(f"{where}.max_rows", f"{where}.batch_size")
         check_labels(where, dataset)
     for i, evaluated in enumerate(config.eval.datasets):
@@ -383,6 +401,7 @@ def validate(config: Config) -> None:
     require(data.mixing_temperature is None or data.mixing_temperature >= 1,
             "data.mixing_temperature", "None, or 1 (proportional to rows) or more")  # fmt: skip
     positive("data.min_batch_size", "data.decontaminate.ngram_size")
+    require("" not in data.decontaminate.paths, "data.decontaminate.paths", "paths, none empty")
     one_of("data.decontaminate.passages", "none", "listed", "corpus")
     threshold = data.decontaminate.ngram_threshold
     require(threshold is None or 0 < threshold <= 1, "data.decontaminate.ngram_threshold",
@@ -392,6 +411,7 @@ def validate(config: Config) -> None:
         if not model.init:
             require(get(config, limit) <= model.max_positions, limit,
                     f"at most model.max_positions = {model.max_positions}")  # fmt: skip
+    small("data.negatives", "data.positives")
     not_negative("data.negatives", "data.remine_every", "data.replace_every")
     positive("data.positives", "train.micro_batches", "data.remine_count")
     first, last = data.remine_ranks
@@ -407,6 +427,15 @@ def validate(config: Config) -> None:
     for axis, size in sizes.items():
         require(size == -1 or size > 0, f"mesh.{axis}", "-1 (all that remain) or greater than 0")
     require(list(sizes.values()).count(-1) <= 1, "mesh", "-1 on one axis at most")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text, such as a path of undecodable bytes, is free of lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def validate_width(config: Config, width: int) -> None:
@@ -463,12 +492,12 @@ def diff(old: Config, new: Config) -> list[str]:
     return [f"{f}: {before.get(f)!r} -> {after.get(f)!r}" for f in sorted(changed)]
 
 
-def refusal(path: Path, changes: list[str]) -> str:
-    """What to tell the user who goes on with the run at `path` with another config."""
+def refusal(path: Path, changes: list[str], of: str = "config") -> str:
+    """What to tell the user who goes on with the run at `path` with another config, or data."""
     return (
-        f"{path} is of a run with another config:\n  "
+        f"{path} is of a run with another {of}:\n  "
         + "\n  ".join(changes)
-        + "\nChange the config back to go on with that run, or give another --workdir"
+        + f"\nChange the {of} back to go on with that run, or give another --workdir"
     )
 
 

@@ -184,6 +184,8 @@ def test_a_missing_config_file_or_flag_is_an_error(parse):
     with pytest.raises(UserError, match=r"--config is missing\nUSAGE"):
         cli.parse_config(["train", "--workdir=run"], "USAGE")
     assert message_of(parse, workdir="--workdir=").startswith("--workdir is missing")
+    assert "no/such/flags" in message_of(parse, "--flagfile=no/such/flags")
+    assert "rename the folder" in message_of(parse, workdir="--workdir=a\udcd6")
 
 
 def test_a_config_given_as_two_arguments_is_read_too(tmp_path):

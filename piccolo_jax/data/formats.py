@@ -46,9 +46,10 @@ __all__ = [
 ]  # fmt: skip
 
 _PEEKED_ROWS = 100  # the task is decided by the first of these whose columns fit a layout
-_SKIPPED_NAMES = re.compile(r"\..*|cache-.*\.arrow")  # hidden files; leftovers of datasets.map
-_METADATA = (".json", ".json.gz", ".json.zst")  # in a directory of other data
-_TABLES = (".csv", ".tsv")  # beside other data, notes about them
+# Hidden files; leftovers of datasets.map, and its notes.
+_SKIPPED_NAMES = re.compile(r"\..*|cache-.*\.arrow|dataset_infos?\.json")
+# Beside data of other kinds, notes about them: the first of these first.
+_NOTES = (re.compile(r"\.json(\.\w+)?"), re.compile(r"\.[ct]sv(\.\w+)?"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -178,6 +179,8 @@ def open_source(
             chosen = _choose_task(path, place, row, served, task)
             if not names:
                 _check_named(path, place, row, served[chosen])
+            if chosen == "retrieval":
+                _check_not_graded(place, row, served[chosen])
             return Source(path, rows, chosen, served[chosen], lenient, names)
     for place, row in usable:
         if served := layouts.served_tasks(row, layouts.LABELLED):
@@ -235,6 +238,10 @@ def expand_meta_list(path: str) -> list[tuple[str, float]] | None:
         if found is None:
             where = " or ".join(places)
             raise UserError(f"{path}:{number}: no directory {where}; correct or delete the line")
+        if os.path.isfile(found) and not _container(Path(found)):
+            raise UserError(
+                f"{path}:{number}: {found} is no data file ({KNOWN_SUFFIXES}); lists don't nest"
+            )
         entries.append((found, float(fields[2])))
     if not entries:
         raise UserError(f"{path}: empty; write a line `DIRECTORY REPEATS` per dataset")
@@ -279,12 +286,13 @@ def _data_files(directory: Path) -> list[Path]:
         kinds: dict[str, list[Path]] = {}
         for file in sorted(directory.iterdir()):
             kind = suffix_of(file)
-            if kind and kind not in _METADATA and not _SKIPPED_NAMES.fullmatch(file.name):
+            if kind and not _SKIPPED_NAMES.fullmatch(file.name):
                 kinds.setdefault(kind, []).append(file)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{directory}: not a readable dataset ({error!r}); save it again") from None
-    if any(not kind.startswith(_TABLES) for kind in kinds):
-        kinds = {kind: files for kind, files in kinds.items() if not kind.startswith(_TABLES)}
+    for notes in _NOTES:
+        data = {kind: files for kind, files in kinds.items() if not notes.fullmatch(kind)}
+        kinds = data or kinds
     if len(kinds) != 1:
         found = f"files of several kinds: {', '.join(kinds)}" if kinds else "no data files"
         raise UserError(f"{directory}: holds {found}; name a directory with one kind of data file"
@@ -299,6 +307,17 @@ def _check_named(path: str, place: str, row: Row, layout: Layout) -> None:
         raise UserError(
             f"{place}: {field} is a number; name the labels in a file: label_names=FILE in the"
             f" DatasetConfig of {path!r}"
+        )
+
+
+def _check_not_graded(place: str, row: Row, layout: Layout) -> None:
+    """Raises UserError for positives with labels or scores, some of which may be negatives."""
+    if graded := layouts.grades(layout, row):
+        query, positive = layout.columns
+        raise UserError(
+            f"{place}: {graded[0]} beside {query}, {positive} leaves open which of {positive} are"
+            f" positives; put the others into negative_1, negative_2, ... and leave out"
+            f" {graded[0]}, or, for similarity, rename to sentence1, sentence2, score"
         )
 
 

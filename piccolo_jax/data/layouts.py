@@ -9,6 +9,7 @@ import dataclasses
 import decimal
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -57,6 +58,7 @@ class UnusableRowError(Exception):
 
 
 TYPES = {"retri_contrast": "retrieval", "cls_contrast": "classification", "cosent": "similarity"}
+_INVISIBLE = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode categories: spaces, control and format
 _LARGEST_SCORE = 3.4e38  # scores are kept as 32-bit floats
 
 
@@ -120,7 +122,7 @@ class Layout:
         positives = self._texts(row, positive)
         if not positives:
             raise UnusableRowError(f"no positive in {positive}")
-        columns = self._negative_columns(row)
+        columns = self.negative_columns(row)
         negatives = tuple(dict.fromkeys(n for column in columns for n in self._texts(row, column)))
         if task == "retrieval":
             return RetrievalExample(text, positives, negatives)
@@ -128,8 +130,10 @@ class Layout:
         kind = ClassificationExample if others == negatives else ContradictingExample
         return kind(text, positives, others)
 
-    def _negative_columns(self, row: Row) -> list[str]:
-        columns = (name for name in row if re.fullmatch(rf"{self.negatives}(_\d+)?", name))
+    def negative_columns(self, row: Row) -> list[str]:
+        """The row's columns of negatives, in their order."""
+        names = rf"{self.negatives}(s|_\d+)?"
+        columns = (name for name in row if self.negatives and re.fullmatch(names, name))
         return sorted(columns, key=lambda name: (len(name), name))
 
     def _texts(self, row: Row, field: str) -> tuple[str, ...]:
@@ -176,6 +180,26 @@ def labelled_example(
     return ClassificationExample(_text(row.get(text), text), own, ())
 
 
+def grades(layout: Layout, row: Row) -> list[str]:
+    """Columns that grade what the layout takes for positives: not all of them may be some.
+
+    sentence-transformers' mine_hard_negatives writes `label` or `labels` beside `anchor, positive`
+    where `positive` holds negatives too, and `score` or `scores`, which grade negatives as well
+    where there are columns of those.
+    """
+    if layout.columns[1:] != ("positive",):
+        return []
+    names = ["label", "labels"]
+    if not layout.negative_columns(row):
+        names += ["score", "scores"]
+    return [
+        name
+        for name in names
+        if (values := _members(row.get(name)))
+        and all(isinstance(value, int | float | NumberLike) for value in values)
+    ]
+
+
 def typed_task(row: Row) -> str:
     """The task that `type` names; empty for none, or for a value of another project's."""
     kind = row.get("type")
@@ -207,12 +231,12 @@ def _text(value: Any, field: str) -> str:
         raise UnusableRowError(f"{field} is missing")
     if not isinstance(value, str):
         raise UnusableRowError(f"{field} is {type(value).__name__}, not text")
-    if not value or value.isspace():
-        raise UnusableRowError(f"{field} is empty")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise UnusableRowError(f"{field} holds a lone surrogate, which is no character") from None
+    if all(unicodedata.category(character) in _INVISIBLE for character in value):
+        raise UnusableRowError(f"{field} is empty")
     return value
 
 

@@ -4,6 +4,7 @@ A batch depends on (seed, step) and the number of shards alone. Each process bui
 of the whole batch, which are small, and reads the tokens of its own shards only.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from piccolo_jax.config import Config
 from piccolo_jax.data import mixing, packing
 from piccolo_jax.data.mixing import Dataset
 from piccolo_jax.data.schedule import Schedule
+from piccolo_jax.data.store import Store
 from piccolo_jax.errors import UserError
 
 _ROW_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
@@ -73,10 +75,11 @@ class Batches:
         local_shards: Sequence[int],
         quiet: bool = False,
     ):
-        self._config, self._tasks = config, tasks
+        self._tasks = tasks
         self._shards, self._local_shards = shards, tuple(local_shards)
         self.mixture, self.notes = mixing.usable(config, datasets)
         self.stores = [dataset.store for dataset in self.mixture]
+        self._config = _as_wide_as_lists(config, self.stores)
         self.schedule = Schedule(
             seed=config.seed,
             batch_sizes=tuple(dataset.batch_size for dataset in self.mixture),
@@ -187,6 +190,24 @@ class Batches:
             shape = dataclasses.replace(shape, rows=rows, chunks=chunks)
             plans.append(Plan(shape, tokens / _slots(shape)))
         return plans
+
+
+def _as_wide_as_lists(config: Config, stores: Sequence[Store]) -> Config:
+    """The config that draws no more than there is: a batch's arrays are as wide as it says."""
+    config = copy.deepcopy(config)
+
+    def longest(task: str, column: str) -> int:
+        lists = [store.columns[column].offsets for store in stores if store.task == task]
+        return max((int(np.diff(offsets).max(initial=0)) for offsets in lists), default=0)
+
+    data, labels = config.data, config.loss.classification
+    data.positives = max(min(data.positives, longest("retrieval", "positives")), 1)
+    mined = data.remine_count if data.remine_every else 0
+    data.negatives = min(data.negatives, max(longest("retrieval", "negatives"), mined))
+    all_labels = (s.columns["labels"].distinct for s in stores if s.task == "classification")
+    most = max(longest("classification", "other_labels"), *(len(x) for x in all_labels), 1)
+    labels.max_negatives = min(labels.max_negatives, most)
+    return config
 
 
 def _slots(shape: packing.Shape) -> int:

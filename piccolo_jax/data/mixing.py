@@ -113,6 +113,14 @@ def check(config: Config, dataset: Dataset, number: int) -> None:
             f" {config.data.min_batch_size}; lower that, add rows, or leave the dataset out"
             " (data.skip_unusable leaves out all such)"
         )
+    if dataset.store.task == "retrieval":
+        columns = (dataset.store.columns[name].values for name in ("positives", "negatives"))
+        if len({int(end) for ids in columns if len(ids) for end in (ids.min(), ids.max())}) == 1:
+            raise UnusableDatasetError(
+                f"dataset {name}: all {total} rows have the same positive and no negative, so there"
+                " is nothing to tell apart. Add rows or negatives, or leave the dataset out"
+                " (data.skip_unusable leaves out all such)"
+            )
     scores = dataset.store.columns.get("score")
     if dataset.store.task == "similarity" and scores is not None:
         if rows < total:

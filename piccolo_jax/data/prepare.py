@@ -109,6 +109,7 @@ def _prepare(
     short = name.encode()[:_LONGEST_NAME].decode(errors="ignore")
     directory = root / f"{short}-{fingerprint}"
     if not directory.exists():
+        _check_prompts(dataset, task, config, tokenizer)
         manifest = {"name": name, "fingerprint": fingerprint} | description
         try:
             with written_whole(directory) as folder, contextlib.ExitStack() as stack:
@@ -124,6 +125,23 @@ def _prepare(
                 " room, or name another folder in config.data.prepared_dir"
             ) from None
     return Store(directory)
+
+
+def _check_prompts(
+    dataset: DatasetConfig, task: TaskColumns, config: Config, tokenizer: Tokenizer
+) -> None:
+    """Raises UserError for a prompt that leaves no token to the texts."""
+    for column in task.columns:
+        field = f"{column.prompt}_prompt"
+        prompt = getattr(dataset, field)
+        limit = "query_max_length" if column.is_query else "max_length"
+        tokens = getattr(config.data, limit)
+        if prompt and len(tokenizer.encode([prompt], tokens)[0][0]) == tokens:
+            raise UserError(
+                f"{dataset.path}: the {field} of its DatasetConfig fills all {tokens} tokens of"
+                f" config.data.{limit}, so that nothing of a text is left; shorten it, or raise"
+                " the limit"
+            )
 
 
 def _tell_apart(stores: Sequence[Store]) -> None:

@@ -11,6 +11,8 @@ from tokenizers import normalizers
 
 from piccolo_jax.errors import UserError
 
+_REMEDY = "name a directory with one, or with tokenizer.json, in config.model.tokenizer"
+
 
 class Tokenizer:
     """A fast Hugging Face tokenizer, with its special tokens put around each text.
@@ -24,14 +26,16 @@ class Tokenizer:
         try:
             self.hf = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare ones
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path}: no tokenizer can be loaded from here ({reason})") from None
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = next((line for line in lines if not line.endswith(":")), lines[0])
+            raise UserError(
+                f"{path}: no tokenizer can be loaded from here ({reason.strip()}); {_REMEDY}"
+            ) from None
         if not self.hf.is_fast:
             raise UserError(f"{path}: the tokenizer has no tokenizer.json (a fast tokenizer)")
         if len(self.hf) <= len(self.hf.all_special_ids):  # what transformers makes of no files
             raise UserError(
-                f"{path}: holds no tokenizer (tokenizer.json or vocab.txt with words); name a"
-                " directory with one in config.model.tokenizer"
+                f"{path}: holds no tokenizer (tokenizer.json or vocab.txt with words); {_REMEDY}"
             )
         self._backend = self.hf.backend_tokenizer
         self.lower_case = lower_case

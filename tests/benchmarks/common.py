@@ -38,6 +38,7 @@ class Settings:
     batch: int
     threads: int
     datasets: tuple[str, ...]
+    seed: int = 0
 
 
 @dataclasses.dataclass
@@ -64,7 +65,9 @@ class Rows:
         self.rows = {name: read(settings, name) for name in settings.datasets}
         self._names = settings.datasets
         sizes = tuple(len(rows) for rows in self.rows.values())
-        self._schedule = Schedule(0, (settings.batch,) * len(sizes), sizes, (1.0,) * len(sizes))
+        self._schedule = Schedule(
+            settings.seed, (settings.batch,) * len(sizes), sizes, (1.0,) * len(sizes)
+        )
 
     def of(self, dataset: str, use: int) -> list[dict[str, Any]]:
         """The rows of a dataset's batch number `use`."""

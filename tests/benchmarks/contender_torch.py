@@ -15,6 +15,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
@@ -161,6 +162,23 @@ class Reference(_Contender):
         weights = mask[..., None].float()
         pooled = (hidden.float() * weights).sum(1) / weights.sum(1)
         return self._scaling(pooled)
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Embeddings of texts, float32 [texts, width], not normalised, without dropout."""
+        self._model.eval()
+        self._bert.activation_checkpointing_disable()
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        found = np.empty((len(texts), DIMS[-1]), np.float32)
+        for begin in range(0, len(order), 64):
+            places = order[begin : begin + 64]
+            inputs = self._tokenizer(
+                [texts[i] for i in places], padding=True, truncation=True, max_length=LENGTH,
+                return_tensors="pt",
+            )  # fmt: skip
+            found[places] = self._embed(inputs).numpy()
+        self._model.train()
+        return found
 
 
 class ReferenceBfloat16(Reference):

@@ -147,6 +147,32 @@ def test_reads_numbered_negatives_in_numeric_order_without_the_null_ones(tmp_pat
     assert only(path).negatives == ("n1", "n2", "n10")
 
 
+def test_reads_a_list_of_negatives_in_the_plural(tmp_path):
+    row = {"anchor": "q", "positive": "p", "negatives": ["n", "m"], "negative_1": "o"}
+    path = write_jsonl(tmp_path / "a.jsonl", row)
+    assert list(open_source(path)) == [RetrievalExample("q", ("p",), ("n", "m", "o"))]
+
+
+@pytest.mark.parametrize("query", ["anchor", "query"])
+@pytest.mark.parametrize(
+    "grades",
+    [
+        {"label": 0}, {"label": True}, {"labels": [1, 0]}, {"score": 0.5}, {"scores": [0.9, 0.1]},
+        {"label": 1, "negative": "n"},
+    ],
+)  # fmt: skip
+def test_positives_with_grades_are_an_error_as_some_may_be_negatives(tmp_path, query, grades):
+    path = write_jsonl(tmp_path / "a.jsonl", {query: "q", "positive": ["p", "r"]} | grades)
+    with pytest.raises(UserError, match=rf":1: {next(iter(grades))} beside {query}, positive "):
+        open_source(path)
+
+
+def test_grades_of_triplets_are_left_alone(tmp_path):
+    row = {"anchor": "q", "positive": "p", "negative_1": "n", "scores": [0.9, 0.1], "label": "x"}
+    path = write_jsonl(tmp_path / "a.jsonl", row)
+    assert list(open_source(path)) == [RetrievalExample("q", ("p",), ("n",))]
+
+
 @pytest.mark.parametrize("score", ["score", "label"])
 def test_reads_sentence_transformers_pairs(tmp_path, score):
     path = write_jsonl(tmp_path / "a.jsonl", {"sentence1": "a", "sentence2": "b", score: 3})
@@ -287,6 +313,7 @@ def test_a_type_whose_columns_are_missing_fits_no_format(tmp_path):
         ({"text_pos": {"a": "b"}}, "text_pos is dict, not text"),
         ({"text_neg": ["a", ["b"]]}, "text_neg[1] is list, not text"),
         ({"text_neg": ["a", ""]}, "text_neg[1] is empty"),
+        ({"text_pos": "\ufeff\u200b \x00"}, "text_pos is empty"),
         ({"text_neg": True}, "text_neg is bool, not text"),
     ],
 )

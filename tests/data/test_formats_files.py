@@ -124,6 +124,14 @@ def test_reads_all_jsonl_or_parquet_files_of_a_directory_in_name_order(tmp_path)
     assert queries(open_source(str(tmp_path / "p"))) == ["1", "2"]
 
 
+@pytest.mark.parametrize("name", ["train.json", "train.csv"])
+def test_notes_are_data_where_there_is_nothing_else(tmp_path, name):
+    text = "text,text_pos\na,b\n" if name.endswith("csv") else '{"text": "a", "text_pos": "b"}\n'
+    (tmp_path / name).write_text(text)
+    (tmp_path / "dataset_info.json").write_text('{"description": ""}')
+    assert queries(open_source(str(tmp_path), "retrieval")) == ["a"]
+
+
 def test_a_directory_of_several_kinds_or_of_none_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no data files"):
         open_source(str(tmp_path))
@@ -269,6 +277,13 @@ def test_a_missing_directory_of_a_meta_list_is_an_error_naming_file_and_line(tmp
     meta.write_text("\ngone 1\n")
     with pytest.raises(UserError, match=rf"list\.txt:2: no directory .*{os.sep}gone or gone"):
         expand_meta_list(str(meta))
+
+
+def test_a_meta_list_in_a_meta_list_is_an_error_naming_the_line(tmp_path):
+    (tmp_path / "inner.txt").write_text("a 1\n")
+    (tmp_path / "outer.txt").write_text("\ninner.txt 1\n")
+    with pytest.raises(UserError, match=r"outer\.txt:2: .*inner\.txt is no data file.*nest"):
+        expand_meta_list(str(tmp_path / "outer.txt"))
 
 
 def test_an_empty_or_binary_meta_list_is_an_error(tmp_path):

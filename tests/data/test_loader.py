@@ -312,6 +312,22 @@ def test_masked_entries_point_at_a_text_of_the_batch_and_cost_none(batches):
     assert batch.num_tokens == sum(len(texts[i]) for i in used)
 
 
+def test_all_negatives_are_drawn_in_arrays_no_wider_than_the_longest_list(batches):
+    batch = batches("retrieval", negatives=2**31 - 1, positives=10**9).at(0)
+    assert batch.replicated["negative"].shape == (BATCH_SIZE, 3)
+    assert batch.replicated["positive"].shape == (BATCH_SIZE, 3)
+    fewer = batches("retrieval", negatives=3, positives=3).at(0)
+    assert same(batch, fewer)
+
+
+def test_labels_are_drawn_in_arrays_no_wider_than_there_are_labels(folder, tokenizer):
+    config = make_config(folder, ["classification"])
+    config.loss.classification.max_negatives = 10**9
+    datasets = prepare_datasets(config, tokenizer, TASKS, folder / "prepared")
+    batch = Batches(config, datasets, TASKS, 64, 1, [0]).at(0)
+    assert batch.replicated["other_labels"].shape == (BATCH_SIZE, len(LABELS))
+
+
 # Shapes
 
 

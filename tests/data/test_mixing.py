@@ -7,11 +7,15 @@ from piccolo_jax.config import Config, DatasetConfig
 from piccolo_jax.data import mixing
 from piccolo_jax.data.mixing import Dataset
 from piccolo_jax.data.schedule import Schedule
+from piccolo_jax.data.store import Ragged
 from piccolo_jax.errors import UnusableDatasetError, UserError
 
 
-def store(rows, name="a", task="retrieval", scores=None):
+def store(rows, name="a", task="retrieval", scores=None, positives=(3, 4), negatives=()):
     columns = {} if scores is None else {"score": np.asarray(scores, np.float32)}
+    if task == "retrieval":
+        columns["positives"] = Ragged(np.asarray(positives), np.arange(rows + 1))
+        columns["negatives"] = Ragged(np.asarray(negatives, int), np.zeros(rows + 1, int))
     return SimpleNamespace(name=name, task=task, num_rows=rows, columns=columns)
 
 
@@ -113,6 +117,12 @@ def test_as_many_rows_as_a_batch_or_the_least_one_are_enough():
     assert [note.split(",")[0] for note in notes] == ["a: 2 rows"]
 
 
+def test_negatives_make_up_for_a_single_positive():
+    for negatives in ([5], [4, 7]):
+        rows = store(9, positives=[4] * 9, negatives=negatives)
+        mixing.check(config(), Dataset(rows, 1.0), 0)
+
+
 def unusable():
     return {
         "fewer than config.data.min_batch_size = 2": Dataset(store(1, "bad"), 1.0),
@@ -121,6 +131,9 @@ def unusable():
         ),
         "all 9 rows used have the score 3": Dataset(
             store(1000, "bad", "similarity", [2.0] + [3.0] * 999), 1.0, max_rows=9
+        ),
+        "all 9 rows have the same positive and no negative": Dataset(
+            store(9, "bad", positives=[4] * 9), 1.0
         ),
         "fewer than the batch_size = 10": Dataset(store(9, "bad"), 1.0, batch_size=10),
     }  # fmt: skip

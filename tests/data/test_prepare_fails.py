@@ -45,6 +45,20 @@ def test_rows_that_all_have_every_label_are_an_error(prepared):
     assert prepared([*rows, {"text": "股市", "labels": ["财经"]}]).num_rows == 4
 
 
+@pytest.mark.parametrize(("limit", "fits"), [(8, False), (9, True)])
+def test_a_prompt_that_leaves_no_token_to_texts_is_an_error(prepared, tmp_path, limit, fits):
+    config = Config()
+    config.data.query_max_length = limit
+    rows = [{"query": text, "pos": "好"} for text in ("天", "地")]
+    if fits:
+        store = prepared(rows, config=config, query_prompt="为这个问题:")
+        assert store.lengths.max() == limit
+        return
+    with pytest.raises(UserError, match=r"query_prompt .* fills all 8 tokens .*query_max_length"):
+        prepared(rows, config=config, query_prompt="为这个问题:")
+    assert folders(tmp_path) == []
+
+
 def test_a_broken_line_leaves_nothing_and_what_was_finished_before_stays(
     tmp_path, tokenizer, monkeypatch
 ):
