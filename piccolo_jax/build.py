@@ -69,6 +69,12 @@ def build(config: Config, platform: str | None = None) -> Parts:
     return Parts(embedder, tokenizer, init, bool(model.embed_dim and spec.embed_dim))
 
 
+def describe(parts: Parts) -> dict[str, Any]:
+    """What the config leaves to `model.init`, and decides what a run learns: plain values."""
+    backbone = dataclasses.asdict(parts.model.backbone)
+    return backbone | {"pooling": parts.model.pooling, "tokenizer": parts.tokenizer.fingerprint}
+
+
 def spec_of_sizes(config: Config) -> pretrained.Pretrained:
     """What a directory with a model of the config's sizes would say: for random weights."""
     sizes: dict[str, Any] = {

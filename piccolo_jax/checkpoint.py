@@ -1,6 +1,7 @@
 """Checkpoints: the state of a run, its config and data. The only file that knows orbax."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import absl.logging
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -21,6 +24,29 @@ from piccolo_jax.errors import UserError
 from piccolo_jax.types import Params, TrainState
 
 DIRECTORY, BEST = "checkpoints", "best"
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What a run is, kept with its states.
+
+    data: names and fingerprints of its datasets; model: what build.describe() says, {} if unknown.
+    """
+
+    config: Config
+    data: list[str]
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check_model(self, place: Path, now: dict[str, Any]) -> None:
+        """Raises UserError if `now`, what config.model.init says today, is another model."""
+        changes = [
+            f"{name}: {self.model.get(name)!r} -> {now.get(name)!r}"
+            for name in sorted(self.model.keys() | now.keys())
+            if self.model and self.model.get(name) != now.get(name)
+        ]
+        if changes:
+            what = f"model in config.model.init = {self.config.model.init!r}"
+            raise UserError(config_lib.refusal(place, changes, what))
 
 
 class Checkpoints:
@@ -51,18 +77,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self,
-        step: int,
-        state: TrainState,
-        config: Config,
-        data: list[str],
-        negatives: dict[str, Any] | None = None,
+        self, step: int, state: TrainState, about: About, negatives: dict[str, Any] | None = None
     ) -> None:
-        """Saves in the background; `data` are names and fingerprints of the datasets.
+        """Saves in the background.
 
         `negatives`: numpy arrays by dataset and name, where they change while training.
         """
-        items = _items(_without_average(state), state.average, config, data)
+        items = _items(_without_average(state), state.average, about)
         if negatives:
             items["negatives"] = ocp.args.StandardSave(negatives)
         self._save(step, items)
@@ -83,26 +104,35 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.wait()
 
-    def check(self, config: Config, data: list[str]) -> None:
+    def check(self, about: About) -> None:
         """Raises UserError if the latest checkpoint is of a run that learns something else."""
-        saved, saved_data = self.about()
-        changes = config_lib.diff(saved, config)
-        if not changes:
-            pairs = itertools.zip_longest(saved_data, data)
-            changes = [f"content of dataset: {old} -> {new}" for old, new in pairs if old != new]
-        if changes:
+        saved = self.about()
+        if changes := config_lib.diff(saved.config, about.config):
             raise UserError(config_lib.refusal(self.directory, changes))
-        if self.latest and self.latest > config.total_steps:
+        saved.check_model(self.directory, about.model)
+        pairs = itertools.zip_longest(saved.data, about.data)
+        if changes := [f"content of dataset: {old} -> {new}" for old, new in pairs if old != new]:
+            raise UserError(config_lib.refusal(self.directory, changes, "data"))
+        steps = about.config.total_steps
+        if self.latest and self.latest > steps:
             raise UserError(
-                f"config.total_steps = {config.total_steps}: {self.directory} has gone on to step"
+                f"config.total_steps = {steps}: {self.directory} has gone on to step"
                 f" {self.latest} already; give that many or more, or another --workdir"
             )
 
-    def about(self) -> tuple[Config, list[str]]:
-        """Config and data fingerprints of the latest checkpoint."""
-        about = self._restore(about=ocp.args.JsonRestore())["about"]
+    def about(self) -> About:
+        """What run the latest checkpoint is of."""
+        about = self._about()
         source = str(self.directory / str(self.latest) / "about")
-        return config_lib.from_json(json.dumps(about["config"]), source), about["data"]
+        config = config_lib.from_json(json.dumps(about["config"]), source)
+        return About(config, about["data"], about.get("model", {}))
+
+    def _about(self) -> dict[str, Any]:
+        about = self._restore(about=ocp.args.JsonRestore())["about"]
+        with self._readable_errors("read", self._remedy, self.latest):
+            if not isinstance(about, dict) or not {"config", "data"} <= about.keys():
+                raise ValueError("about/metadata lacks config or data")
+        return about
 
     def restore(self, abstract_state: TrainState) -> TrainState:
         """The latest state, in the shardings of `abstract_state`."""
@@ -110,6 +140,7 @@ class Checkpoints:
         if abstract_state.average is not None:
             items["average"] = ocp.args.StandardRestore(abstract_state.average)
         restored = self._restore(**items)
+        self._check_sums(**restored)
         return TrainState(**restored["state"], average=restored.get("average"))
 
     def restore_negatives(self) -> dict[str, Any]:
@@ -123,11 +154,15 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract_params}),
             partial_restore=True,
         )
-        return self._restore(state=args)["state"]["params"]
+        restored = self._restore(state=args)
+        self._check_sums(**restored)
+        return restored["state"]["params"]
 
     def restore_average(self, abstract_average: Params) -> Params:
         """The latest average of the weights alone."""
-        return self._restore(average=ocp.args.StandardRestore(abstract_average))["average"]
+        restored = self._restore(average=ocp.args.StandardRestore(abstract_average))
+        self._check_sums(**restored)
+        return restored["average"]
 
     def restore_weights(
         self, config: Config, abstract_params: Params, weights: str | None = None
@@ -156,6 +191,15 @@ class Checkpoints:
             )
         with self._readable_errors("read", self._remedy, step):
             return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+    def _check_sums(self, **items: Any) -> None:
+        """Raises UserError if arrays aren't those that were saved."""
+        saved = self._about().get("sums", {})
+        found = _sums(items)
+        with self._readable_errors("read", self._remedy, self.latest):
+            for name in saved.keys() & found.keys():
+                if saved[name] != found[name]:
+                    raise ValueError(f"{name} is not what was saved")
 
     @contextlib.contextmanager
     def _readable_errors(self, done: str, remedy: str, step: int | None = None) -> Iterator[None]:
@@ -202,9 +246,7 @@ class Best(Checkpoints):
         """Step of the best weights."""
         return self._manager.best_step()
 
-    def offer(
-        self, step: int, score: float, state: TrainState, config: Config, data: list[str]
-    ) -> bool:
+    def offer(self, step: int, score: float, state: TrainState, about: About) -> bool:
         """Keeps the weights in place of the best so far if their score is larger; says whether.
 
         All processes call it alike; process 0 decides. Saves in the background.
@@ -215,27 +257,42 @@ class Best(Checkpoints):
             return False
         kept = {"step": state.step, "params": state.params}
         # Also if it is of an earlier step: a run may have gone back to an earlier checkpoint.
-        self._save(
-            step,
-            _items(kept, state.average, config, data),
-            metrics={self.metric: score},
-            force=True,
-        )
+        items = _items(kept, state.average, about)
+        self._save(step, items, metrics={self.metric: score}, force=True)
         self.score = score
         return True
 
 
-def _items(
-    state: dict[str, Any], average: Params, config: Config, data: list[str]
-) -> dict[str, Any]:
-    about = {"config": json.loads(config_lib.to_json(config)), "data": data}
-    items: dict[str, Any] = {
-        "state": ocp.args.StandardSave(state),
-        "about": ocp.args.JsonSave(about),
+def _items(state: dict[str, Any], average: Params, about: About) -> dict[str, Any]:
+    arrays = {"state": state} if average is None else {"state": state, "average": average}
+    values = {
+        "config": json.loads(config_lib.to_json(about.config)),
+        "data": about.data,
+        "model": about.model,
+        "sums": _sums(arrays),
     }
-    if average is not None:
-        items["average"] = ocp.args.StandardSave(average)
-    return items
+    items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    return items | {"about": ocp.args.JsonSave(values)}
+
+
+def _sums(tree: Any) -> dict[str, int]:
+    """The sum of each array's bits, as whole numbers modulo 2**32, by its path.
+
+    Orbax keeps no checksums: a bit that flips on a disk would become a weight.
+    """
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    sums = jax.device_get(_sum_bits([leaf for _, leaf in named]))
+    paths = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named)
+    return {path: int(value) for path, value in zip(paths, sums, strict=True)}
+
+
+@jax.jit
+def _sum_bits(leaves: list[jax.Array]) -> list[jax.Array]:
+    kinds = (jnp.dtype(f"uint{8 * leaf.dtype.itemsize}") for leaf in leaves)
+    bits = (
+        jax.lax.bitcast_convert_type(leaf, kind) for leaf, kind in zip(leaves, kinds, strict=True)
+    )
+    return [jnp.sum(leaf, dtype=jnp.uint32) for leaf in bits]
 
 
 def _without_average(state: TrainState) -> dict[str, Any]:

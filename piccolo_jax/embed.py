@@ -125,7 +125,10 @@ def _write(output: Path, rows: np.ndarray) -> None:
             np.save(file, rows)
         os.replace(partial, output)
     except OSError as error:
-        raise UserError(f"{output}: can't be written ({error.strerror})") from error
+        raise UserError(
+            f"{output}: can't be written ({error.strerror or error}); make room, or give another"
+            " folder"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

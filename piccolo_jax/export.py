@@ -100,8 +100,10 @@ def read_checkpoint(
     average is asked for and there is none.
     """
     checkpoints = Best(workdir) if checkpoint == "best" else Checkpoints(workdir)
-    config, _ = checkpoints.about()
+    about = checkpoints.about()
+    config = about.config
     parts = build.build(config)
+    about.check_model(checkpoints.directory, build.describe(parts))
     shardings = build.param_shardings(parts.model, make_mesh(MeshConfig(), jax.local_devices()[:1]))
     abstract = build.abstract_params(parts.model, shardings)
     params = checkpoints.restore_weights(config, abstract, weights)
@@ -111,8 +113,8 @@ def read_checkpoint(
 def _check_apart(output: Path, workdir: Path) -> None:
     """Raises UserError if replacing `output` would take the run's checkpoints away."""
     for name in (CHECKPOINTS, BEST):
-        kept = (workdir / name).resolve()
-        if output.resolve() in (kept, *kept.parents):
+        kept, given = (workdir / name).resolve(), output.resolve()
+        if given in (kept, *kept.parents) or kept in given.parents:
             raise UserError(
                 f"--output={output}: holds the run of --workdir={workdir}; give a folder of its own"
             )
@@ -218,8 +220,14 @@ def replacing(output: Path, overwrite: bool) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         _replace(partial, output)
-    except OSError as error:
-        raise UserError(f"{output}: can't be written ({error.strerror or error})") from error
+    except Exception as error:
+        # safetensors and tokenizers have errors of their own for full disks.
+        if not isinstance(error, OSError) and "(os error " not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{output}: can't be written ({reason}); make room, or give another folder"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

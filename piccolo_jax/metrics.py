@@ -65,13 +65,13 @@ class JsonLines:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file of JSON lines; empty if there is no file."""
+    """The complete lines of a file of JSON lines with a step; empty if there is no file."""
     values = []
     if path.exists():
         for line in path.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):  # half a line, or half a character at its end
                 values.append(json.loads(line))
-    return values
+    return [v for v in values if isinstance(v, dict) and isinstance(v.get("step"), int)]
 
 
 def _line(values: dict[str, Any]) -> str:

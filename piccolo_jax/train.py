@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from piccolo_jax import averaging, build, cli, distributed, export, metrics, optim, sharding
 from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
-from piccolo_jax.checkpoint import Best, Checkpoints
+from piccolo_jax.checkpoint import About, Best, Checkpoints
 from piccolo_jax.config import Config
 from piccolo_jax.data import mixing
 from piccolo_jax.data.loader import Batches, HostBatch
@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     fingerprints = [f"{s.name}-{s.manifest['fingerprint']}" for s in batches.stores]
     epochs = mixing.epochs_table(batches.mixture, batches.schedule, config.total_steps)
+    about = About(config, fingerprints, build.describe(parts))
     _say_datasets(batches, epochs, config.total_steps)
 
     # State: new, or that of the last checkpoint.
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> int:
         average = averaging.averaged(config, params)
         state = build.make_state(params, optimizer, mesh, average)
     else:
-        checkpoints.check(config, fingerprints)
+        checkpoints.check(about)
         average = averaging.averaged(config, abstract_params)
         abstract_state = build.abstract_state(abstract_params, optimizer, mesh, average)
         state = checkpoints.restore(abstract_state)
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> int:
 
     def evaluate(step: int) -> None:
         scores = evaluations.run(step, state)
-        if best and best.offer(step, scores[best_metric], state, config, fingerprints):
+        if best and best.offer(step, scores[best_metric], state, about):
             say(f"step {step}: the best so far, {best_metric} = {best.score:.4f}")
 
     if evaluations.due(first_step):
@@ -199,7 +200,7 @@ def main(argv: list[str]) -> int:
             if last or stopping or at_checkpoint:
                 if best:
                     best.wait()  # or a run that goes on from here might not know it
-                checkpoints.save(done, state, config, fingerprints, negatives.save())
+                checkpoints.save(done, state, about, negatives.save())
             if stopping and not last:
                 checkpoints.wait()
                 say(f"stopped after step {done}; the same command goes on from there")

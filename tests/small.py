@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from piccolo_jax import build, cli, sharding
-from piccolo_jax.checkpoint import Checkpoints
+from piccolo_jax.checkpoint import About, Checkpoints
 from piccolo_jax.config import Config, DatasetConfig, MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +84,7 @@ def save_run(workdir, config, parts, params, step=2):
         for at in (step - 1, step):
             values = jax.tree.map(lambda x, at=at: x * (at == step), params)
             state = build.make_state(jax.device_put(values, shardings), optimizer, one_device())
-            checkpoints.save(at, state, config, [])
+            checkpoints.save(at, state, About(config, []))
 
 
 def snapshot(directory):

@@ -1,6 +1,8 @@
 import json
 import os
+import resource
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -248,10 +250,28 @@ def test_a_crash_midway_leaves_what_was_there(made, tmp_path, monkeypatch, broke
         monkeypatch.setattr(layout, "save_file", fail)
     else:
         monkeypatch.setattr(export.os, "rename", rename_all_but_the_new)
-    with pytest.raises(UserError, match=r"out: can't be written \(No space left on device\)"):
+    with pytest.raises(
+        UserError, match=r"out: can't be written \(No space left on device\); make room"
+    ):
         export.write(output, params, parts, c, overwrite=True)
     assert snapshot(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_limit_on_file_sizes_is_an_error_that_leaves_nothing(made, tmp_path, file):
+    c, parts, params, written = made()
+    limit = (written / file).stat().st_size - 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(UserError, match=r"out: can't be written \(.*too large.*make room"):
+            export.write(tmp_path / "out", params, parts, c)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_crash_of_another_kind_leaves_nothing_either(made, tmp_path, monkeypatch):
@@ -289,7 +309,7 @@ def test_the_command_exports_the_latest_checkpoint(made, workdir, tmp_path, caps
     assert but_card(output) == but_card(made()[3])
 
 
-@pytest.mark.parametrize("below", ["", "checkpoints", ".."])
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/2", "checkpoints/new", ".."])
 def test_an_export_never_takes_the_place_of_its_run(workdir, tmp_path, capsys, below):
     shutil.copytree(workdir, tmp_path / "runs" / "run")
     run = tmp_path / "runs" / "run"

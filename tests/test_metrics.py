@@ -46,6 +46,12 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
     assert steps(path) == [1, 2, 3]
 
 
+def test_lines_without_a_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"foo": 1}\n[1]\n{"step": "2"}\n{"step": 3}\n')
+    assert metrics.JsonLines(path, 9).kept == [{"step": 3}]
+
+
 def test_a_file_that_is_not_there_has_no_lines(tmp_path):
     assert metrics.read(tmp_path / "none.jsonl") == []
     assert metrics.JsonLines(tmp_path / "none.jsonl", 0).kept == []

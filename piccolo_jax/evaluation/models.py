@@ -104,8 +104,10 @@ def _of_directory(path: str, mesh: MeshConfig) -> Model:
 
 def _of_workdir(workdir: Path, mesh_config: MeshConfig) -> Model:
     checkpoints = Checkpoints(workdir)
-    config, _ = checkpoints.about()
+    about = checkpoints.about()
+    config = about.config
     parts = build.build(config)
+    about.check_model(checkpoints.directory, build.describe(parts))
     mesh: Mesh = sharding.make_mesh(mesh_config)
     shardings = build.param_shardings(parts.model, mesh)
     abstract = build.abstract_params(parts.model, shardings)

@@ -114,6 +114,11 @@ class BertConfig:
             ("add_cross_attention", False, False),
         ):
             require(values.get(field, default) in (allowed, None), field, repr(allowed))
+        # transformers' defaults: without a pad token positions can't be counted in RoBERTa.
+        values = {"pad_token_id": 0 if model_type == "bert" else 1} | values
+        pad = values["pad_token_id"]
+        require(_is_integer(pad, 0) or (pad is None and model_type == "bert"), "pad_token_id",
+                "an integer of at least 0")  # fmt: skip
         config = cls(
             model_type=str(model_type),
             **{field: values[name] for field, name in _HF_FIELDS.items()
@@ -123,12 +128,13 @@ class BertConfig:
                  "max_positions", "type_vocab_size")  # fmt: skip
         for name in map(_HF_FIELDS.__getitem__, sizes):
             value = values.get(name)
-            require(isinstance(value, int) and value > 0, name, "an integer greater than 0")
+            require(_is_integer(value, 1), name, "an integer greater than 0")
         require(config.hidden_act in tuple(ACTIVATIONS), "hidden_act", one_of(ACTIVATIONS))
         for name, most in (
             ("hidden_dropout_prob", 1.0),
             ("attention_probs_dropout_prob", 1.0),
             ("layer_norm_eps", math.inf),
+            ("initializer_range", math.inf),
         ):
             value = values.get(name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -152,6 +158,10 @@ class BertConfig:
             "max_position_embeddings": self.max_positions + self.position_offset,
             "dtype": "float32",
         }
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 _HF_FIELDS = {

@@ -253,12 +253,26 @@ def hf_config(**changes):
         ({"vocab_size": None}, "vocab_size = None: must be an integer"),
         ({"num_attention_heads": 5}, "num_attention_heads = 5: must be a divisor"),
         ({"model_type": "roberta", "pad_token_id": 39}, "max_position_embeddings = 40: must be"),
+        ({"model_type": "roberta", "pad_token_id": None}, "pad_token_id = None: must be an int"),
+        ({"pad_token_id": "1"}, "pad_token_id = '1': must be an integer"),
+        ({"pad_token_id": -1}, "pad_token_id = -1: must be an integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True: must be an integer"),
+        ({"initializer_range": "x"}, "initializer_range = 'x': must be a number"),
     ],
 )
 def test_a_config_that_is_not_supported_is_refused_by_name(changes, message):
     with pytest.raises(UserError, match=r"^a/config\.json: ") as error:
         BertConfig.from_hf(hf_config(**changes), source="a/config.json")
     assert message in str(error.value)
+
+
+def test_a_pad_token_that_is_not_said_is_that_of_the_model_type():
+    for model_type, pad in (("bert", 0), ("roberta", 1), ("xlm-roberta", 1)):
+        values = hf_config(model_type=model_type)
+        values.pop("pad_token_id", None)
+        theirs = transformers.AutoConfig.for_model(**values).pad_token_id
+        assert BertConfig.from_hf(values).pad_token_id == theirs == pad
+    assert BertConfig.from_hf(hf_config(pad_token_id=None)).pad_token_id == 0
 
 
 def test_config_survives_the_way_to_hugging_face_and_back():
