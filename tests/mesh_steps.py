@@ -42,7 +42,7 @@ def main(out):
         # At 1e-2 the gradient falls from 200 to 0.1: a difference of large terms, and of rounding.
         config.optim.learning_rate = 1e-3
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: int(np.prod(sizes))])
-        model = tiny.embedder(layers=4, for_cpu=True)
+        model = tiny.embedder(layers=4, dropout=0.1, for_cpu=True)
         shardings = build.param_shardings(model, mesh)
         params = jax.tree.map(jax.device_put, tiny.params(model), shardings)
         if sizes in RANDOM:

@@ -108,5 +108,6 @@ def one_text_a_row(lengths, seed=0):
         "tokens": rng.integers(1, 64, segments.shape).astype(np.int32) * segments,
         "segments": segments,
         "positions": places * segments,
+        "text_numbers": np.arange(len(lengths), dtype=np.int32)[:, None] * segments,
         "text_slots": np.arange(len(lengths), dtype=np.int32) * num_segments(length),
     }

@@ -29,8 +29,8 @@ _GROWTH = 1.25  # of the shapes beyond the planned one, should a batch not fit
 class HostBatch:
     """A batch in the memory of this process.
 
-    sharded: `tokens`, `segments`, `positions` [R, L] and `text_slots` [N], the parts of this
-      process's shards, in their order; replicated: the task's arrays, whole.
+    sharded: `tokens`, `segments`, `positions`, `text_numbers` [R, L] and `text_slots` [N], the
+      parts of this process's shards, in their order; replicated: the task's arrays, whole.
     """
 
     step: int

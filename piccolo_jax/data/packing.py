@@ -116,7 +116,8 @@ def fill(
       shape: sizes per shard, no smaller than the layout needs.
       shards: which shards to fill, R = shape.rows * len(shards).
 
-    Returns: `tokens`, `segments`, `positions`, int32 [R, L].
+    Returns: `tokens`, `segments`, `positions`, and the `text_numbers` of each token's text among
+    the n, int32 [R, L].
     """
     of_shard = [np.flatnonzero(layout.shard == shard) for shard in shards]
     members = np.concatenate(of_shard)
@@ -126,13 +127,16 @@ def fill(
     position = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     place = np.repeat(begin, sizes) + position  # in the flat grid, of each token
 
-    tokens, segments, positions = (
-        np.zeros(len(shards) * shape.rows * shape.length, np.int32) for _ in range(3)
+    tokens, segments, positions, numbers = (
+        np.zeros(len(shards) * shape.rows * shape.length, np.int32) for _ in range(4)
     )
     tokens[place] = np.concatenate([np.zeros(0, np.int32), *read_tokens(members)])
     segments[place] = np.repeat(layout.segment[members], sizes)
     positions[place] = position
-    arrays = {"tokens": tokens, "segments": segments, "positions": positions}
+    numbers[place] = np.repeat(members, sizes)
+    arrays = {
+        "tokens": tokens, "segments": segments, "positions": positions, "text_numbers": numbers
+    }  # fmt: skip
     return {name: array.reshape(-1, shape.length) for name, array in arrays.items()}
 
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from piccolo_jax.errors import UserError
 from piccolo_jax.ops.attention import SOFTMAX, attention
-from piccolo_jax.ops.dropout import dropout, row_bits
+from piccolo_jax.ops.dropout import bits_of, dropout
 from piccolo_jax.ops.gelu import gelu
 from piccolo_jax.sharding import BATCH_AXES, Rules, constrain
 
@@ -205,18 +205,22 @@ class BertEncoder(nn.Module):
         tokens: Int[Array, "R L"],
         segments: Int[Array, "R L"],
         positions: Int[Array, "R L"],
-        rows: Int[Array, " R"] | None = None,
+        text_numbers: Int[Array, "R L"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "R L H"]:
         """Hidden states of the last layer; those at padding (segment 0) mean nothing.
 
         Args:
           key: of the random numbers of dropout; None: without.
-          rows: the numbers by which rows get theirs (default: 0, 1, ...).
+          text_numbers: of each token's text, by which it gets them (default: by row and segment).
         """
         config = self.config
-        if rows is None:
-            rows = jnp.arange(len(tokens))
+        if text_numbers is None:
+            row = jnp.arange(len(tokens), dtype=segments.dtype)[:, None]
+            text_numbers = row * (tokens.shape[1] + 1) + segments
+        # Of each token, the same wherever its text is encoded.
+        numbers = text_numbers.astype(jnp.uint32) * jnp.uint32(config.max_positions)
+        numbers += positions.astype(jnp.uint32)
         keys = None if key is None else jax.random.split(key, config.num_layers + 1)
 
         def table(rows: int, name: str) -> jax.Array:
@@ -232,7 +236,7 @@ class BertEncoder(nn.Module):
         x = words[tokens] + places[positions + config.position_offset] + types[0]
         x = _layer_norm(config, self.dtype, "embeddings_norm")(x)
         if keys is not None:
-            x = dropout(x, config.hidden_dropout, keys[-1], rows)
+            x = dropout(x, config.hidden_dropout, keys[-1], numbers)
         x = constrain(x.astype(self.dtype), BATCH_AXES, None, None)
 
         layer = _Layer
@@ -246,7 +250,7 @@ class BertEncoder(nn.Module):
         if self.unrolled:
             for i in range(config.num_layers):
                 layer_key = None if keys is None else keys[i]
-                x, _ = layer(*arguments, name=f"layer_{i}")(x, segments, rows, layer_key)
+                x, _ = layer(*arguments, name=f"layer_{i}")(x, segments, numbers, layer_key)
             return x
         layers = nn.scan(
             layer,
@@ -256,7 +260,7 @@ class BertEncoder(nn.Module):
             length=config.num_layers,
         )
         x, _ = layers(*arguments, name="layers")(
-            x, segments, rows, None if keys is None else keys[:-1]
+            x, segments, numbers, None if keys is None else keys[:-1]
         )
         return x
 
@@ -281,7 +285,7 @@ class _Layer(nn.Module):
         self,
         x: Float[Array, "R L H"],
         segments: Int[Array, "R L"],
-        rows: Int[Array, " R"],
+        numbers: UInt32[Array, "R L"],
         key: Array | None,
     ) -> tuple[Float[Array, "R L H"], None]:
         config = self.config
@@ -291,7 +295,7 @@ class _Layer(nn.Module):
         if key is not None:
             # Of attention, and of what is added after attention and after the inner layer.
             attention_key, *keys = jax.random.split(key, 3)
-            attention_bits = row_bits(attention_key, rows)
+            attention_bits = bits_of(attention_key, numbers)
             drops = [functools.partial(dropout, rate=config.hidden_dropout, key=k) for k in keys]
         dot = _dot if self.for_cpu else jnp.dot
         dense = functools.partial(_Dense, config.initializer_range, self.dtype, dot)
@@ -304,7 +308,7 @@ class _Layer(nn.Module):
             x: jax.Array, y: jax.Array, drop: Callable[..., Array] | None, name: str
         ) -> jax.Array:
             if drop is not None:
-                y = drop(y, rows=rows)
+                y = drop(y, tokens=numbers)
             # Rounded here, so that the norm reads the sum and doesn't compute it again.
             x = checkpoint_name((x.astype(jnp.float32) + y).astype(self.dtype), _KEPT)
             x = _layer_norm(config, self.dtype, name)(x).astype(self.dtype)

@@ -58,6 +58,7 @@ class Embedder(nn.Module):
         segments: Int[Array, "R L"],
         positions: Int[Array, "R L"],
         text_slots: Int[Array, " N"],
+        text_numbers: Int[Array, "R L"] | None = None,
         rows: Int[Array, " R"] | None = None,
         *,
         num_segments: int,
@@ -66,8 +67,9 @@ class Embedder(nn.Module):
     ) -> Float[Array, "N D"]:
         """Embeddings in float32, not normalised, of the texts at `text_slots`.
 
-        `dropout` is the key of its random numbers; None: without. `rows` are the numbers of the
-        rows in the whole batch; None: from 0 on.
+        `dropout` is the key of its random numbers; None: without. `text_numbers` are those of each
+        token's text in the batch, by which it gets them; None: by row and segment. `rows` are the
+        numbers of the rows in the whole batch; None: from 0 on.
 
         A slot is row * num_segments + segment - 1. All arrays are global; R and N are each split
         evenly over batch_shards() shards, and the slots of a shard point at rows of that shard.
@@ -85,8 +87,8 @@ class Embedder(nn.Module):
         def pool(
             encoder: nn.Module, pooled: jax.Array, chunk: tuple[jax.Array, ...]
         ) -> tuple[jax.Array, None]:
-            tokens, segments, positions, rows = chunk
-            hidden = encoder(tokens, segments, positions, rows, dropout)
+            tokens, segments, positions, text_numbers, rows = chunk
+            hidden = encoder(tokens, segments, positions, text_numbers, dropout)
             weights = pooling_weights(segments, self.pooling, num_segments)
             grid = jnp.einsum(
                 "rsl,rlh->rsh",
@@ -98,7 +100,9 @@ class Embedder(nn.Module):
             return _take_texts(grid, rows, text_slots, len(all_rows), pooled), None
 
         all_rows = jnp.arange(len(tokens), dtype=text_slots.dtype) if rows is None else rows
-        arrays = (tokens, segments, positions, all_rows)
+        if text_numbers is None:
+            text_numbers = all_rows[:, None] * num_segments + segments
+        arrays = (tokens, segments, positions, text_numbers, all_rows)
         x = constrain(jnp.zeros((text_slots.size, self.backbone.hidden_size)), BATCH_AXES, None)
         if micro_batches == 1:
             x, _ = pool(encoder, x, arrays)
@@ -149,8 +153,8 @@ def encode(
         return cast(jax.Array, embeddings)
 
     rows = jnp.arange(len(batch["tokens"]), dtype=jnp.int32)
-    arrays = (*(batch[n] for n in ("tokens", "segments", "positions", "text_slots")), rows)
-    return over_data(apply, whole=2)(params, dropout, *arrays)
+    names = ("tokens", "segments", "positions", "text_slots", "text_numbers")
+    return over_data(apply, whole=2)(params, dropout, *(batch[name] for name in names), rows)
 
 
 def pooling_weights(

@@ -10,16 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from piccolo_jax.ops.dropout import WEYL, drop, keep
+from piccolo_jax.ops.dropout import WEYL, keep
 from piccolo_jax.sharding import BATCH_AXES, batch_shards
 
 _LANES = 128
+_A_HEAD = np.uint32(2**16)  # places of a head: more than twice as many as tokens in a row
 # Longest rows of the kernel: it holds a few float32 arrays [length, length] in fast memory.
 KERNEL_LENGTH = 512
 # Queries whose scores are computed at a time where rows are: of 12 heads and a row of 512 tokens
@@ -35,7 +37,7 @@ def attention(
     key: Float[Array, "R L H"],
     value: Float[Array, "R L H"],
     segments: Int[Array, "R L"],
-    row_bits: UInt32[Array, " R"] | None,
+    bits: UInt32[Array, "R L"] | None,
     *,
     heads: int,
     rate: float,
@@ -44,16 +46,17 @@ def attention(
 ) -> Float[Array, "R L H"]:
     """softmax(query key^T / sqrt(D)) value of each head, D = H / heads, within segments.
 
-    Softmax is float32. A share `rate` of the weights is dropped by the rows' bits (None: none).
+    Softmax is float32. A share `rate` of the weights is dropped: which depends on the bits of the
+    query's token (None: none), the head, and how far from it the key's token is.
     `kernel`: where rows are short enough, the kernel; else XLA, for `by_rows` one row after the
     other where the rows are not split over devices.
     """
-    if row_bits is None:
+    if bits is None:
         rate = 0.0
     if kernel and query.shape[1] <= KERNEL_LENGTH:
-        return _over_mesh(query, key, value, segments, row_bits, heads, rate)
+        return _over_mesh(query, key, value, segments, bits, heads, rate)
     if by_rows and batch_shards() == 1:
-        return _by_rows(query, key, value, segments, row_bits, heads, rate)
+        return _by_rows(query, key, value, segments, bits, heads, rate)
     rows, length, hidden = query.shape
     split = (rows, length, heads, hidden // heads)
     query, key, value = (x.reshape(split) for x in (query, key, value))
@@ -62,8 +65,9 @@ def attention(
     query = query * query.shape[-1] ** -0.5
     scores = jnp.einsum("rqnd,rknd->rnqk", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(mask, scores, _LOWEST), axis=-1)
-    if row_bits is not None:
-        weights = drop(weights, rate, row_bits)
+    if bits is not None and rate:
+        kept = keep(bits[:, None, :, None], _places(weights.shape, 1, 2, 3), rate)
+        weights = jnp.where(kept, weights / (1 - rate), 0)
     y = jnp.einsum("rnqk,rknd->rqnd", weights.astype(value.dtype), value)
     return y.reshape(rows, length, hidden)
 
@@ -76,14 +80,14 @@ def attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _by_rows(
-    query: Array, key: Array, value: Array, segments: Array, row_bits: Array | None, heads: int,
+    query: Array, key: Array, value: Array, segments: Array, bits: Array | None, heads: int,
     rate: float,
 ) -> Array:  # fmt: skip
-    return _forward_by_rows(query, key, value, segments, row_bits, heads, rate)[0]
+    return _forward_by_rows(query, key, value, segments, bits, heads, rate)[0]
 
 
 def _forward_by_rows(
-    query: Array, key: Array, value: Array, segments: Array, row_bits: Array | None, heads: int,
+    query: Array, key: Array, value: Array, segments: Array, bits: Array | None, heads: int,
     rate: float,
 ) -> tuple[Float[Array, "R L H"], Float[Array, "R N L"], Float[Array, "R N L"]]:  # fmt: skip
     """The output, and of each query the largest score and the sum of exp(score - largest)."""
@@ -98,38 +102,42 @@ def _forward_by_rows(
         query = jnp.moveaxis((query * dim**-0.5).reshape(-1, block, heads, dim), 2, 1)
 
         def of_block(part: tuple[Array, ...]) -> tuple[Array, ...]:
-            query, same, start = part
+            query, same, bits, start = part
             scores = jnp.matmul(query, key, preferred_element_type=jnp.float32)
             scores = jnp.where(same, scores, _LOWEST)
             largest = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - largest)
             total = weights.sum(-1, keepdims=True)
             if rate:
-                kept = _keep(bits + start * length * WEYL, weights.shape, length, 1, 2, rate)
+                kept = keep(bits[:, None], _places(weights.shape, 0, 1, 2) - start, rate)
                 weights = jnp.where(kept, weights, 0)
             y = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
             y = (y / (total * (1 - rate))).astype(value.dtype)
             return y, largest[..., 0], total[..., 0]
 
-        y, *sums = jax.lax.map(of_block, (query, same.reshape(-1, block, length), starts))
+        blocks = (
+            same.reshape(-1, block, length),
+            None if bits is None else bits.reshape(-1, block),
+        )
+        y, *sums = jax.lax.map(of_block, (query, *blocks, starts))
         sums = (jnp.moveaxis(x, 0, 1).reshape(heads, length) for x in sums)
         return jnp.moveaxis(y, 1, 2).reshape(length, hidden), *sums
 
-    return jax.lax.map(of_row, (query, key, value, _same(segments), row_bits))
+    return jax.lax.map(of_row, (query, key, value, _same(segments), bits))
 
 
 def _save_by_rows(
-    query: Array, key: Array, value: Array, segments: Array, row_bits: Array | None, heads: int,
+    query: Array, key: Array, value: Array, segments: Array, bits: Array | None, heads: int,
     rate: float,
 ) -> tuple[Array, tuple[Any, ...]]:  # fmt: skip
-    arrays = (query, key, value, segments, row_bits)
+    arrays = (query, key, value, segments, bits)
     y, *sums = _forward_by_rows(*arrays, heads, rate)
     return y, (*arrays, *(checkpoint_name(x, SOFTMAX) for x in sums))
 
 
 def _pull_back_by_rows(heads: int, rate: float, saved: tuple[Any, ...], gradient: Array) -> Any:
     """From the sums of the softmax, as FlashAttention's (arXiv 2205.14135, algorithm 4)."""
-    query, key, value, segments, row_bits, *sums = saved
+    query, key, value, segments, bits, *sums = saved
     _, length, hidden = query.shape
     dim = hidden // heads
 
@@ -142,7 +150,7 @@ def _pull_back_by_rows(heads: int, rate: float, saved: tuple[Any, ...], gradient
         weights = weights * (1 / total)[:, None]
         kept = weights
         if rate:
-            mask = _keep(bits, weights.shape, length, 2, 1, rate)
+            mask = keep(bits, _places(weights.shape, 0, 2, 1), rate)
             kept = jnp.where(mask, weights / (1 - rate), 0)
         for_kept = _product(_heads_first(value, heads, first), _heads_first(gradient, heads, last))
         product = kept * for_kept
@@ -155,7 +163,7 @@ def _pull_back_by_rows(heads: int, rate: float, saved: tuple[Any, ...], gradient
             jnp.moveaxis(x, 0, 1).reshape(length, hidden).astype(query.dtype) for x in grads
         )
 
-    rows = (query, key, value, _same(segments), row_bits, *sums, gradient)
+    rows = (query, key, value, _same(segments), bits, *sums, gradient)
     return *jax.lax.map(of_row, rows), None, None
 
 
@@ -174,37 +182,37 @@ def _product(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
-def _keep(
-    bits: Array, shape: tuple[int, ...], length: int, query_axis: int, key_axis: int, rate: float
-) -> Bool[Array, "N ..."]:
-    """keep() of scores of `shape`, heads first, at their places in [heads, queries, keys]."""
+def _places(
+    shape: tuple[int, ...], head_axis: int, query_axis: int, key_axis: int
+) -> UInt32[Array, "..."]:
+    """For keep(): of scores of `shape`, the same wherever in a row the text lies."""
     head, query, key = (
-        jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, query_axis, key_axis)
+        jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        for axis in (head_axis, query_axis, key_axis)
     )
-    return keep(bits, (head * length + query) * length + key, rate)
+    return head * _A_HEAD + key - query  # modulo 2**32
 
 
 def _over_mesh(
-    query: Array, key: Array, value: Array, segments: Array, row_bits: Array | None, heads: int,
+    query: Array, key: Array, value: Array, segments: Array, bits: Array | None, heads: int,
     rate: float,
 ) -> Array:  # fmt: skip
     """The kernel on every device's rows and heads; no collectives."""
-    if row_bits is None:
-        row_bits, rate = jnp.zeros(len(query), jnp.uint32), 0.0
+    if bits is None:
+        bits, rate = jnp.zeros(segments.shape, jnp.uint32), 0.0
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:
-        return _attention(query, key, value, segments, row_bits, heads, rate)
+        return _attention(query, key, value, segments, bits, heads, rate)
     parts = mesh.shape.get("tensor", 1)
     if heads % parts:
         parts = 1
     here = heads // parts
-    length = query.shape[1]
 
-    def local(query: Array, key: Array, value: Array, segments: Array, row_bits: Array) -> Array:
+    def local(query: Array, key: Array, value: Array, segments: Array, bits: Array) -> Array:
         if parts > 1:  # the first head here is not the first
-            first = (jax.lax.axis_index("tensor") * here * length * length).astype(jnp.uint32)
-            row_bits = row_bits + first * WEYL
-        return _attention(query, key, value, segments, row_bits, here, rate)
+            first = (jax.lax.axis_index("tensor") * here).astype(jnp.uint32) * _A_HEAD
+            bits = bits + first * WEYL
+        return _attention(query, key, value, segments, bits, here, rate)
 
     split = tuple(axis for axis in BATCH_AXES if axis in mesh.auto_axes)
     rows = P(split)
@@ -215,16 +223,16 @@ def _over_mesh(
         out_specs=of_heads,
         axis_names=set(mesh.auto_axes),
         check_vma=False,
-    )(query, key, value, segments, row_bits)
+    )(query, key, value, segments, bits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attention(
-    query: Array, key: Array, value: Array, segments: Array, row_bits: Array, heads: int,
+    query: Array, key: Array, value: Array, segments: Array, bits: Array, heads: int,
     rate: float,
 ) -> Array:  # fmt: skip
     arrays = (query, key, value)
-    return _call(_forward, arrays, segments, row_bits, heads, rate, 1, 4)[0]
+    return _call(_forward, arrays, segments, bits, heads, rate, 1, 4)[0]
 
 
 def _save(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
@@ -232,8 +240,8 @@ def _save(*arguments: Any) -> tuple[Array, tuple[Array, ...]]:
 
 
 def _pull_back(heads: int, rate: float, saved: tuple[Array, ...], gradient: Array) -> Any:
-    *arrays, segments, row_bits = saved
-    grads = _call(_backward, (*arrays, gradient), segments, row_bits, heads, rate, 3, 10)
+    *arrays, segments, bits = saved
+    grads = _call(_backward, (*arrays, gradient), segments, bits, heads, rate, 3, 10)
     return *grads, None, None
 
 
@@ -241,7 +249,7 @@ _attention.defvjp(_save, _pull_back)
 
 
 def _call(
-    kernel: Any, arrays: tuple[Array, ...], segments: Array, row_bits: Array, heads: int,
+    kernel: Any, arrays: tuple[Array, ...], segments: Array, bits: Array, heads: int,
     rate: float, outputs: int, products: int,
 ) -> Any:  # fmt: skip
     """Runs a kernel for each row and as many heads as fill the lanes (two of 64).
@@ -261,7 +269,7 @@ def _call(
         in_specs=[
             pl.BlockSpec((1, length, 1), lambda row, part: (row, 0, 0)),
             pl.BlockSpec((1, 1, length), lambda row, part: (row, 0, 0)),
-            pl.BlockSpec((1, 1, 1), lambda row, part: (row, 0, 0)),
+            pl.BlockSpec((1, 1, length), lambda row, part: (row, 0, 0)),
             *[block] * len(arrays),
         ],
         out_specs=[block] * outputs,
@@ -273,7 +281,7 @@ def _call(
             bytes_accessed=bytes_moved,
         ),
         name=f"attention{kernel.__name__}",
-    )(segments[:, :, None], segments[:, None, :], row_bits[:, None, None], *arrays)
+    )(segments[:, :, None], segments[:, None, :], bits[:, None, :], *arrays)
 
 
 # In the kernels scores are [keys, queries]: sums over keys add whole registers, and of the big
@@ -281,7 +289,7 @@ def _call(
 # would move them.
 
 
-def _forward(key_segments, query_segments, row_bits, query, key, value, out, *, dim, rate):  # type: ignore[no-untyped-def]
+def _forward(key_segments, query_segments, bits, query, key, value, out, *, dim, rate):  # type: ignore[no-untyped-def]
     query, key, value = query[0], key[0], value[0]
     same = key_segments[0] == query_segments[0]
     heads = query.shape[1] // dim
@@ -290,14 +298,14 @@ def _forward(key_segments, query_segments, row_bits, query, key, value, out, *, 
     for head in range(heads):
         weights, scale = _weights(query, key, same, lane_head == head, dim)
         if rate:
-            weights = _drop(weights, row_bits[0], head, heads, rate)
+            weights = _drop(weights, bits[0], head, heads, rate)
         part = _dot(value, weights.astype(value.dtype), 0, 0) * scale
         y = jnp.where(row_head == head, part, y)
     out[0] = y.astype(out.dtype).T
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    key_segments, query_segments, row_bits, query, key, value, gradient,
+    key_segments, query_segments, bits, query, key, value, gradient,
     query_grad, key_grad, value_grad, *, dim, rate,
 ):  # fmt: skip
     query, key, value, gradient = query[0], key[0], value[0], gradient[0]
@@ -313,8 +321,8 @@ def _backward(  # type: ignore[no-untyped-def]
         kept = weights
         for_weights = _dot(value, jnp.where(lanes, gradient, 0), 1, 1)
         if rate:
-            kept = _drop(weights, row_bits[0], head, heads, rate)
-            for_weights = _drop(for_weights, row_bits[0], head, heads, rate)
+            kept = _drop(weights, bits[0], head, heads, rate)
+            for_weights = _drop(for_weights, bits[0], head, heads, rate)
         for_value = jnp.where(lanes, _dot(kept.astype(value.dtype), gradient, 1, 0), for_value)
         product = weights * for_weights
         for_scores = product - weights * product.sum(axis=0, keepdims=True)
@@ -341,13 +349,12 @@ def _weights(query: Array, key: Array, same: Array, lanes: Array, dim: int) -> t
     return weights, 1 / weights.sum(axis=0, keepdims=True)
 
 
-def _drop(weights: Array, row_bits: Array, head: int, heads: int, rate: float) -> Array:
-    """drop() of the scores of one head, at their places in [heads, queries, keys]."""
-    length = len(weights)
-    place = (pl.program_id(1) * heads + head) * length * length
-    place += jax.lax.broadcasted_iota(jnp.int32, weights.shape, 1) * length
+def _drop(weights: Array, bits: Array, head: int, heads: int, rate: float) -> Array:
+    """Dropout of the weights [keys, queries] of one head, at the _places() of scores."""
+    place = (pl.program_id(1) * heads + head) * int(_A_HEAD)
     place += jax.lax.broadcasted_iota(jnp.int32, weights.shape, 0)
-    kept = keep(row_bits, place.astype(jnp.uint32), rate)
+    place -= jax.lax.broadcasted_iota(jnp.int32, weights.shape, 1)
+    kept = keep(bits, place.astype(jnp.uint32), rate)
     return jnp.where(kept, weights * (1 / (1 - rate)), 0)
 
 

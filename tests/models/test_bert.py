@@ -194,7 +194,9 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
     x = jnp.ones((64, 40, 50))
     for rate in (0.1, 0.5):
         y = np.asarray(
-            jax.jit(dropout, static_argnums=1)(x, rate, jax.random.key(0), jnp.arange(64))
+            jax.jit(dropout, static_argnums=1)(
+                x, rate, jax.random.key(0), jnp.arange(64 * 40).reshape(64, 40)
+            )
         )
         assert set(np.unique(y)) == {0, np.float32(1) / np.float32(1 - rate)}
         # 5 standard deviations of a share of independent draws: of all, of a row, of a place.
@@ -203,16 +205,16 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
             assert off.max() < 5 * np.sqrt(rate * (1 - rate) / count)
 
 
-def test_dropout_of_rows_places_and_keys_is_independent():
+def test_dropout_of_tokens_places_and_keys_is_independent():
     x = jnp.ones((2, 100_000))
 
-    def zeros(seed, rows=(0, 1)):
-        return np.asarray(dropout(x, 0.5, jax.random.key(seed), jnp.array(rows))) == 0
+    def zeros(seed, tokens=(0, 1)):
+        return np.asarray(dropout(x, 0.5, jax.random.key(seed), jnp.array(tokens))) == 0
 
     first = zeros(0)
     pairs = {
-        "rows": (first[0], first[1]),
-        "distant rows": (first[0], zeros(0, (2**20, 3))[0]),
+        "tokens": (first[0], first[1]),
+        "distant tokens": (first[0], zeros(0, (2**20, 3))[0]),
         "keys": (first[0], zeros(1)[0]),
         "neighbours": (first[0, 1:], first[0, :-1]),
         "even and odd places": (first[0, ::2], first[0, 1::2]),
@@ -223,12 +225,21 @@ def test_dropout_of_rows_places_and_keys_is_independent():
         assert abs((a == b).mean() - 0.5) < 5 * 0.5 / np.sqrt(a.size), name
 
 
-def test_a_row_keeps_its_dropout_in_any_company():
-    x, key = jnp.ones((6, 32)), jax.random.key(2)
-    whole = dropout(x, 0.3, key, jnp.arange(6))
-    np.testing.assert_array_equal(
-        dropout(x[:2], 0.3, key, jnp.array([4, 1])), whole[jnp.array([4, 1])]
-    )
+def test_a_text_keeps_its_dropout_in_any_company(params):
+    texts, key = [[5, 9, 6, 3], [7, 8], [1, 2, 3]], jax.random.key(2)
+    encode = jax.jit(functools.partial(BertEncoder(TINY).apply, key=key))
+    found = []
+    for length, rows in ((4, [[0], [1], [2]]), (16, [[2, 1], [0]]), (9, [[1, 2, 0]])):
+        arrays, places = packed(texts, length, rows)
+        numbers = np.zeros(arrays[0].shape, np.int32)
+        for number, place in places.items():
+            numbers[place] = number
+        hidden = encode(params, *arrays, numbers)
+        found.append([np.asarray(hidden[places[number]]) for number in range(3)])
+    for others in found[1:]:
+        for expected, actual in zip(found[0], others, strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+    assert np.abs(encode(params, *arrays, numbers + 1) - hidden).max() > 0.1
 
 
 def test_bfloat16_products_stay_near_float32_and_gradients_are_float32(loss, params, plain):

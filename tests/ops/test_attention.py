@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from piccolo_jax.ops.attention import SOFTMAX, attention
+from piccolo_jax.ops.dropout import bits_of
 
 ROWS, LENGTH = 2, 32
 
@@ -24,7 +25,7 @@ def arrays(hidden):
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_the_kernel_is_attention_in_value_and_gradient(heads, hidden, rate):
     inputs, segments, cotangent = arrays(hidden)
-    bits = jnp.array([12345, 67890], jnp.uint32)
+    bits = bits_of(jax.random.key(0), jnp.arange(ROWS * LENGTH).reshape(ROWS, LENGTH))
 
     def run(kernel):
         def scalar(inputs):
@@ -52,7 +53,7 @@ def test_attention_by_rows_is_attention_in_value_and_gradient(length, rate):
     segments[2, length // 2 :] = 0
     cotangent = rng.normal(size=inputs[0].shape).astype(np.float32)
 
-    bits = jnp.array([12345, 67890, 13579], jnp.uint32)
+    bits = bits_of(jax.random.key(0), jnp.arange(3 * length).reshape(3, length))
 
     def run(by_rows):
         def scalar(inputs):
@@ -66,6 +67,25 @@ def test_attention_by_rows_is_attention_in_value_and_gradient(length, rate):
 
     for a, e in zip(run(True), run(False), strict=True):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_text_keeps_its_dropped_weights_wherever_it_lies(by_rows):
+    x = np.random.default_rng(0).normal(size=(1, 30, 12)).astype(np.float32)
+    bits = bits_of(jax.random.key(0), jnp.arange(30))[None]
+    places = np.r_[40:70]  # of the same text in a longer row
+
+    def run(x, segments, bits):
+        y = attention(x, x, x, segments, bits, heads=3, rate=0.5, kernel=False, by_rows=by_rows)
+        return np.asarray(y)
+
+    alone = run(x, np.ones((1, 30), np.int32), bits)
+    row, row_bits = np.ones((1, 96, 12), np.float32), np.zeros((1, 96), np.uint32)
+    row[:, places], row_bits[:, places] = x, bits
+    segments = np.ones((1, 96), np.int32)
+    segments[:, places] = 2
+    np.testing.assert_allclose(run(row, segments, row_bits)[:, places], alone, rtol=0, atol=1e-5)
+    assert np.abs(alone - run(x, segments[:, :30], bits + 1)).max() > 0.1
 
 
 def test_attention_by_rows_in_bfloat16_is_attention_within_its_rounding():
