@@ -39,6 +39,9 @@ _CALLS = {
     "async-start": ("calls",),
 }
 _PREFETCH = {"copy-start", "slice-start"}
+# An asynchronous collective is written in the fusion that starts it, in each that it runs beside
+# and in the one that waits for it, always with this in its configuration.
+_ASYNC, _ASYNC_START = '"async_collective_fusion_config"', "AsyncCollectiveStart"
 
 
 @dataclasses.dataclass
@@ -198,9 +201,12 @@ def _count(
     if op in _PREFETCH:
         cost.prefetch_bytes += times * shape_bytes(instruction.shape) / 2  # source and target
     inside = instruction.called("calls") if op == "fusion" else []
-    fused = [i for name in inside for i in computations[name].values() if _kind(i)]
+    parts = [part for name in inside for part in computations[name].values()]
+    fused = [part for part in parts if _kind(part)]
+    # By channels they couldn't be told apart: JAX gives all those under shard_map the channel 1.
+    starts = any(part.target == _ASYNC_START for part in parts)
     for item in fused or [instruction]:
-        if _kind(item):
+        if _kind(item) and (starts or _ASYNC not in item.rest):
             _count_collective(item, times, chip, cost)
     if (
         estimate is not None

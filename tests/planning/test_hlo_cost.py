@@ -118,6 +118,67 @@ def test_collectives_in_a_loop_count_as_often():
     assert collective.bytes == 7 * 2 * N * N
 
 
+# What the TPU compiler makes of two gathers of weights under shard_map, each beside a product:
+# shortened. Both have the channel 1. What isn't asynchronous is in no such triple.
+ASYNCHRONOUS = (
+    """
+%start (p: bf16[256,1024]) -> (bf16[256,1024], bf16[1024,1024]) {
+  %p = bf16[256,1024]{1,0} parameter(0)
+  %all-gather.1 = bf16[1024,1024]{1,0} all-gather(%p), GATHER, backend_config={CONFIG}
+  ROOT %s = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (q: bf16[256,1024], r: bf16[1024,1024]) -> bf16[1024,1024] {
+  %q = bf16[256,1024]{1,0} parameter(0)
+  %r = bf16[1024,1024]{1,0} parameter(1)
+  %all-gather.2 = bf16[1024,1024]{1,0} all-gather(%q), GATHER, backend_config={CONFIG}
+  ROOT %c = bf16[1024,1024]{1,0} convolution(%r, %r), dim_labels=bf_io->bf
+}
+
+%done (t: bf16[256,1024]) -> bf16[1024,1024] {
+  %t = bf16[256,1024]{1,0} parameter(0)
+  %all-gather.3 = bf16[1024,1024]{1,0} all-gather(%t), GATHER, backend_config={CONFIG}
+  ROOT %d = bf16[1024,1024]{1,0} custom-call(%t, %all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+%other (u: bf16[1024,1024]) -> bf16[256,1024] {
+  %u = bf16[1024,1024]{1,0} parameter(0)
+  ROOT %all-reduce = bf16[1024,1024]{1,0} all-reduce(%u), channel_id=2, \
+replica_groups={{0,1,2,3}}, to_apply=%add
+}
+
+ENTRY %main (w: bf16[256,1024], x: bf16[1024,1024]) -> bf16[1024,1024] {
+  %w = bf16[256,1024]{1,0} parameter(0)
+  %x = bf16[1024,1024]{1,0} parameter(1)
+  %start.1 = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) fusion(%w), calls=%start
+  %beside.1 = bf16[1024,1024]{1,0} fusion(%w, %x), calls=%beside, CYCLES
+  %beside.2 = bf16[1024,1024]{1,0} fusion(%w, %x), calls=%beside, CYCLES
+  %done.1 = bf16[1024,1024]{1,0} fusion(%w), calls=%done
+  %start.2 = (bf16[256,1024]{1,0}, bf16[1024,1024]{1,0}) fusion(%w), calls=%start
+  %beside.3 = bf16[1024,1024]{1,0} fusion(%w, %x), calls=%beside, CYCLES
+  %done.2 = bf16[1024,1024]{1,0} fusion(%w), calls=%done
+  %all-gather.4 = bf16[1024,1024]{1,0} all-gather(%w), GATHER
+  %reduced = bf16[256,1024]{1,0} fusion(%x), calls=%other
+  ROOT %all-gather.5 = bf16[1024,1024]{1,0} all-gather(%reduced), GATHER
+}
+""".replace("GATHER", "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}")
+    .replace("CONFIG", '"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}')
+    .replace("CYCLES", 'backend_config={"window_config":{"estimated_cycles":"100"}}')
+)
+
+
+def test_an_asynchronous_collective_counts_once_though_several_fusions_hold_it():
+    cost = hlo_cost.read(ASYNCHRONOUS, CHIP)
+    size = 2 * 1024 * 1024
+    gather, reduce = cost.collectives["all-gather", 4], cost.collectives["all-reduce", 4]
+    assert (gather.count, gather.bytes) == (4, 4 * size)
+    assert (reduce.count, reduce.bytes) == (1, size)
+    assert cost.cycles == 300
+    assert not cost.unestimated
+
+
 def test_a_kernel_without_an_estimate_counts_by_operations_and_bytes():
     def double(x, y):
         y[...] = 2 * x[...]
