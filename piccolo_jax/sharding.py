@@ -31,9 +31,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh over `devices` (default: all of all processes), -1 filled in.
 
     Devices are arranged by the slice's topology, so that neighbours on `tensor` and then on `fsdp`
-    are near each other. Over several slices, `data` alone goes from slice to slice. Raises
-    UserError if the sizes don't multiply to the number of devices, or `data` doesn't fit the
-    slices.
+    are near each other; where JAX finds no such arrangement (some slices with a side of 20 or 28),
+    they stay in their order, which goes host by host. Over several slices, `data` alone goes from
+    slice to slice. Raises UserError if the sizes don't multiply to the number of devices, or `data`
+    doesn't fit the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -58,14 +59,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _arrange(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    slices = collections.Counter(getattr(device, "slice_index", None) for device in devices)
-    if len(slices) == 1:
-        shape = tuple(sizes.values())
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if len(set(slices.values())) > 1:
+    slices = collections.defaultdict(list)
+    for device in devices:
+        slices[getattr(device, "slice_index", 0)].append(device)
+    counts = [len(members) for members in slices.values()]
+    if len(set(counts)) > 1:
         raise UserError(
-            f"slices of {', '.join(map(str, slices.values()))} devices: a mesh needs slices of one"
-            " size"
+            f"slices of {', '.join(map(str, counts))} devices: a mesh needs slices of one size"
         )
     if sizes["data"] % len(slices):
         inside = len(devices) // len(slices)
@@ -75,10 +75,15 @@ def _arrange(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray
             f" tensor must divide the {inside} devices of a slice (fsdp = {sizes['fsdp']}, tensor ="
             f" {sizes['tensor']})"
         )
-    inner = (sizes["data"] // len(slices), sizes["fsdp"], sizes["tensor"])
-    return mesh_utils.create_hybrid_device_mesh(
-        inner, (len(slices), 1, 1), devices, allow_split_physical_axes=True
-    )
+    shape = (sizes["data"] // len(slices), sizes["fsdp"], sizes["tensor"])
+    return np.concatenate([_arrange_slice(shape, slices[number]) for number in sorted(slices)])
+
+
+def _arrange_slice(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (TypeError, ValueError):  # it loses prime factors of sizes such as 10 and 28
+        return np.array(devices).reshape(shape)
 
 
 def batch_shards_of(mesh: Mesh | jax.sharding.AbstractMesh) -> int:

@@ -248,6 +248,14 @@ for name in ("v5e:4x4", "v6e:4x4", "v5p:2x2x4"):
         assert max(apart(a, b) for a, b in itertools.combinations(group, 2)) <= 3, (name, group)
 # Sizes for which an axis of the torus has to be cut.
 assert make_mesh(MeshConfig(8, 8, 1), devices("v5p:4x4x4", 1)).devices.shape == (8, 8, 1)
+# Sizes that JAX can't arrange: in the devices' order.
+for name, slices, sizes in (
+    ("v5p:4x4x20", 1, (10, 32, 1)), ("v5p:4x12x28", 1, (672, 1, 2)), ("v5p:4x4x20", 2, (20, 32, 1)),
+):
+    given = devices(name, slices)
+    mesh = make_mesh(MeshConfig(*sizes), given)
+    assert mesh.devices.shape == sizes
+    assert mesh.devices.flatten().tolist() == list(given)
 """
 
 
