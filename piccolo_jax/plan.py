@@ -107,9 +107,14 @@ def _datasets(
             reason = str(error)
     most = config.data.query_max_length, config.data.max_length
     query, text = (min(n or m, m) for n, m in zip((query, text), most, strict=True))
+    steps = "steps by weight x repeats"
+    if not all(dataset.task for dataset in config.data.datasets):
+        steps += ", equally many of each task where a dataset of the config names none"
+    if config.data.mixing_temperature is not None:
+        steps += ", without data.mixing_temperature, which needs numbers of rows"
     notes.append(
-        f"data: assumed, since {reason}: equally many steps of each task, all texts distinct,"
-        f" queries of {query} and other texts of {text} tokens"
+        f"data: assumed, since {reason}: {steps}, all texts distinct, queries of {query} and other"
+        f" texts of {text} tokens"
     )
     return assumed_datasets(config, query, text)
 
@@ -186,8 +191,8 @@ def _changes(config: Config, mesh: jax.sharding.Mesh, rows: int) -> Iterator[dic
 def _report(result: dict[str, Any], plans: list[StepPlan], chip: Chip) -> str:
     rows = [
         [
-            f"{p.dataset} ({p.task})" if p.dataset != f"assumed {p.task}" else p.task,
-            f"{p.batch_size:,}", f"{p.rows} x {p.length}", f"{p.tokens:,}", f"{1 - p.fill:.1%}",
+            f"{p.dataset} ({p.task})", f"{p.batch_size:,}", f"{p.rows} x {p.length}",
+            f"{p.tokens:,}", f"{1 - p.fill:.1%}",
             _gib(p.hbm_arguments), _gib(p.hbm_temporary), _gib(p.hbm_output), _gib(p.hbm_used),
             f"{p.hbm_used / chip.hbm:.0%}", f"{p.model_operations:.3g}",
             f"{p.seconds:.3f}", f"{p.utilisation:.1%}", p.steps,

@@ -92,6 +92,7 @@ def test_model_operations_are_those_of_the_real_tokens(capfd):
     assert code == 0
     by_task = {step["task"]: step for step in result["steps"]}
     assert set(by_task) == set(small.TASKS)
+    assert [step["steps"] for step in result["steps"]] == [3, 3, 3]
     assert all("assumed" in step["dataset"] for step in result["steps"])
 
     def operations(lengths, product=0):
@@ -148,6 +149,7 @@ def test_what_is_not_here_is_assumed_and_said(capfd):
     assert [step["batch_size"] for step in result["steps"]] == [8, 8, 8]
     model, data = result["notes"]
     assert model.startswith("model: sizes of the config, since 'nobody/has-this-model'")
+    assert "steps by weight x repeats, equally many of each task where a dataset of" in data
     assert "queries of 6 and other texts of 20 tokens" in data
     retrieval = result["steps"][0]
     assert 8 * (6 + 2 * 20) * 0.7 < retrieval["tokens"] < 8 * (6 + 2 * 20) * 1.3
@@ -334,3 +336,38 @@ def test_assumed_data_give_whole_batches_of_the_lengths_asked_for(task):
     assert others.max() <= 300
     if task == "retrieval":
         assert lengths[:512].max() <= 60
+
+
+def assumed_batches(batch_size, *datasets, steps=100):
+    """Rows of a batch and number of steps of each assumed dataset, and the shapes of all."""
+    config = Config(batch_size=batch_size)
+    config.data.datasets = datasets
+    batches = Batches(config, assumed_datasets(config, 40, 200), TASKS, 64, 4, range(4), quiet=True)
+    rows = [dataset.batch_size for dataset in batches.mixture]
+    return rows, batches.schedule.uses(steps), [plan.shape for plan in batches.plans]
+
+
+def test_assumed_data_have_the_batches_and_the_shares_of_the_config():
+    pairs = DatasetConfig(path="x", task="similarity", weight=2.0, repeats=3.0)
+    rows, steps, shapes = assumed_batches(
+        128, pairs, dataclasses.replace(pairs, weight=1.0, repeats=1.0),
+        dataclasses.replace(pairs, repeats=1.0, batch_size=32),
+        dataclasses.replace(pairs, repeats=0.5, max_rows=48),
+    )  # fmt: skip
+    assert rows == [128, 128, 32, 48]
+    assert steps == pytest.approx([60, 10, 20, 10], abs=1)
+    assert shapes[0] == shapes[1]  # so that they share a program
+    assert shapes[2].texts < shapes[3].texts < shapes[0].texts
+
+
+def test_an_assumed_dataset_without_a_task_shares_its_weight_among_all():
+    retrieval = DatasetConfig(path="x", task="retrieval", weight=3.0)
+    rows, steps, _ = assumed_batches(64, retrieval, DatasetConfig(path="y", batch_size=16))
+    assert rows == [64, 16, 16, 16]
+    assert steps == pytest.approx([75, 8.3, 8.3, 8.3], abs=1.5)
+
+
+@pytest.mark.parametrize("task", small.TASKS)
+def test_batches_of_one_row_can_be_assumed(task):
+    rows, _, _ = assumed_batches(1, DatasetConfig(path="x", task=task))
+    assert rows == [1]

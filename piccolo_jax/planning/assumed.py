@@ -14,15 +14,16 @@ LABELS = 128  # distinct label texts of an assumed dataset
 
 
 class AssumedStore:
-    """A dataset of one batch of rows, all texts distinct, in the place of data.store.Store.
+    """A dataset of so many rows, all texts distinct, in the place of data.store.Store.
 
     Text lengths are spread evenly between half and one and a half times the mean, within the
     config's limits; all at the limit if the mean is.
     """
 
-    def __init__(self, task: str, config: Config, query_tokens: int, text_tokens: int):
-        self.name, self.task = f"assumed {task}", task
-        self.num_rows = rows = config.batch_size
+    def __init__(
+        self, name: str, task: str, rows: int, config: Config, query_tokens: int, text_tokens: int
+    ):
+        self.name, self.task, self.num_rows = name, task, rows
         self.columns: Columns = {}
         rng = np.random.default_rng(0)
         lengths: list[np.ndarray] = []
@@ -61,10 +62,20 @@ class AssumedStore:
 
 
 def assumed_datasets(config: Config, query_tokens: int, text_tokens: int) -> list[Dataset]:
-    """A dataset of each task that the config's datasets name, or of all if one names none."""
-    named = {dataset.task for dataset in config.data.datasets}
-    tasks = [task for task in TASK_NAMES if "" in named or task in named]
-    return [
-        Dataset(AssumedStore(task, config, query_tokens, text_tokens), 1.0)  # type: ignore[arg-type]
-        for task in tasks
-    ]
+    """A dataset for each of the config's, with its weight x repeats and the rows of its batches.
+
+    One that names no task becomes one of each task, which share its weight. Those of one task and
+    batch size have the same texts, so that they share a program.
+    """
+    datasets = []
+    for number, given in enumerate(config.data.datasets):
+        rows = given.batch_size or config.batch_size
+        rows = max(min(rows, given.max_rows or rows), 2)  # a single row has no other to differ from
+        tasks = [given.task] if given.task else list(TASK_NAMES)
+        for task in tasks:
+            store: Any = AssumedStore(
+                f"assumed data.datasets[{number}]", task, rows, config, query_tokens, text_tokens
+            )
+            weight = given.weight * given.repeats / len(tasks)
+            datasets.append(Dataset(store, weight, given.max_rows, given.batch_size))
+    return datasets
