@@ -143,15 +143,18 @@ def _advice(
     if all(plan.fits for plan in plans):
         return lines
     worst = max(range(len(plans)), key=lambda i: (not plans[i].fits, plans[i].hbm_used))
-    plan, dataset = plans[worst], datasets[worst]
+    plan = plans[worst]
     lines.append(
         f"does not fit: {plan.task} needs {_gib(plan.hbm_used)} GiB per chip, of which arguments"
         f" {_gib(plan.hbm_arguments)}; a chip has {_gib(chip.hbm)}"
     )
     tried_too: list[str] = []
     mesh = sharding.make_mesh(config.mesh, devices)
-    rows = plan.rows // sharding.batch_shards_of(mesh)
-    for change in _changes(config, mesh, rows):
+    largest = max(plans, key=lambda plan: plan.rows * plan.length)
+    own_batch = {dataset.store.name for dataset in datasets if dataset.batch_size}
+    smaller_batch = not any(p.dataset in own_batch for p in plans if not p.fits)
+    rows = largest.rows // sharding.batch_shards_of(mesh)
+    for change in _changes(config, mesh, rows, smaller_batch):
         changed = copy.deepcopy(config)
         for field, value in change.items():
             section, _, name = field.rpartition(".")
@@ -159,23 +162,30 @@ def _advice(
         flags_of_change = " ".join(f"--config.{field}={value}" for field, value in change.items())
         metrics.say(f"trying {flags_of_change}")
         try:
-            tried = plan_steps(changed, model, chip, devices, [dataset])[0]
+            tried = plan_steps(changed, model, chip, devices, datasets, doubtful=worst)
         except UserError:  # chunks or rows that the data don't fill
             continue
-        if tried.fits:
+        most = max(tried, key=lambda plan: (not plan.fits, plan.hbm_used))
+        if most.fits:
+            seconds = sum(plan.seconds * plan.steps for plan in tried) / config.total_steps
             lines.append(
-                f"what fits (compiled): {flags_of_change}: {_gib(tried.hbm_used)} GiB,"
-                f" {tried.seconds:.3f} s a step"
+                f"what fits (compiled): {flags_of_change}: at most {_gib(most.hbm_used)} GiB,"
+                f" {seconds:.3f} s a step on average"
             )
             return lines
-        tried_too.append(f"{flags_of_change}: {_gib(tried.hbm_used)} GiB")
+        tried_too.append(f"{flags_of_change}: {most.task} needs {_gib(most.hbm_used)} GiB")
     lines += [f"does not fit either (compiled): {change}" for change in tried_too]
     lines.append("take a larger slice, chips with more memory, or a smaller model or batch")
     return lines
 
 
-def _changes(config: Config, mesh: jax.sharding.Mesh, rows: int) -> Iterator[dict[str, Any]]:
-    """Changes of a config that need less memory, the mildest first; `rows` of a device."""
+def _changes(
+    config: Config, mesh: jax.sharding.Mesh, rows: int, smaller_batch: bool
+) -> Iterator[dict[str, Any]]:
+    """Changes of a config that need less memory, the mildest first.
+
+    `rows`: of a device, in the largest batch; smaller_batch: whether config.batch_size counts.
+    """
     chunks = config.train.micro_batches
     more = sorted({min(chunks * factor, max(rows, chunks)) for factor in (4, 16)})
     split = {"mesh.data": 1, "mesh.fsdp": sharding.batch_shards_of(mesh)}
@@ -184,8 +194,9 @@ def _changes(config: Config, mesh: jax.sharding.Mesh, rows: int) -> Iterator[dic
             yield {"train.micro_batches": number}
     for number in more:
         yield {**split, "train.micro_batches": number}
-    fewer = {"train.micro_batches": min(chunks * 4, max(rows // 4, 1))}
-    yield {**split, **fewer, "batch_size": max(config.batch_size // 4, 1)}
+    if smaller_batch:
+        fewer = {"train.micro_batches": min(chunks * 4, max(rows // 4, 1))}
+        yield {**split, **fewer, "batch_size": max(config.batch_size // 4, 1)}
 
 
 def _report(result: dict[str, Any], plans: list[StepPlan], chip: Chip) -> str:

@@ -15,7 +15,7 @@ import tiny
 from piccolo_jax import plan
 from piccolo_jax.config import Config, DatasetConfig
 from piccolo_jax.data.loader import Batches
-from piccolo_jax.planning import topology
+from piccolo_jax.planning import steps, topology
 from piccolo_jax.planning.assumed import LABELS, assumed_datasets
 from piccolo_jax.planning.steps import StepPlan, _measure, plan_steps, stderr_of_compiler
 from piccolo_jax.sharding import AXES
@@ -290,14 +290,76 @@ def test_changes_that_need_less_memory_have_no_more_chunks_than_rows():
     config = Config(batch_size=64)
     config.train.micro_batches = 2
     split = {"mesh.data": 1, "mesh.fsdp": 4}
-    assert list(plan._changes(config, mesh, 5)) == [
+    assert list(plan._changes(config, mesh, 5, True)) == [
         {"train.micro_batches": 5},
         split | {"train.micro_batches": 5},
         split | {"train.micro_batches": 1, "batch_size": 16},
     ]
-    assert [c["train.micro_batches"] for c in plan._changes(config, mesh, 99)] == [8, 32, 8, 32, 8]
+
+    def chunks(rows, smaller_batch):
+        changes = plan._changes(config, mesh, rows, smaller_batch)
+        return [change["train.micro_batches"] for change in changes]
+
+    assert chunks(99, True) == [8, 32, 8, 32, 8]
+    assert chunks(99, False) == [8, 32, 8, 32]
     config.train.micro_batches = 5
-    assert [c["train.micro_batches"] for c in plan._changes(config, mesh, 5)] == [5, 1]
+    assert chunks(5, True) == [5, 1]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Tasks compiled, in turn, by a model: a byte per token of a chunk, and retrieval's loss."""
+    tasks = []
+
+    def compile_step(batch, programs, state, mesh, chip):
+        tasks.append(batch.task)
+        step, shape = StepPlan(batch.dataset, batch.task, seconds=1.0), batch.shape
+        step.hbm_used = shape.rows // shape.chunks * shape.length
+        step.hbm_used += 1280 if batch.task == "retrieval" else 0
+        step.fits = step.hbm_used <= chip.hbm
+        return step
+
+    monkeypatch.setattr(steps, "_compile", compile_step)
+    return tasks
+
+
+def advised(hbm, *datasets):
+    """What is advised for chips with so many bytes."""
+    config, model = tiny.config(), tiny.embedder()
+    config.batch_size, config.data.datasets, config.data.negatives = 256, datasets, 0
+    config.data.query_max_length, config.data.max_length = 3, 32
+    chip, devices = topology.devices("v5e:2x2")
+    chip = dataclasses.replace(chip, hbm=hbm)
+    assumed = assumed_datasets(config, 3, 32)
+    plans = plan_steps(config, model, chip, devices, assumed)
+    return plan._advice(plans, config, model, chip, devices, assumed)
+
+
+PAIRS, QUERIES = (DatasetConfig(path="x", task=task) for task in ("similarity", "retrieval"))
+
+
+def test_what_would_fit_fits_every_dataset_in_the_chunks_that_the_run_gives_it(compiled):
+    # 128 rows of 32 tokens a chip are too many for the pairs. A quarter fits; but a batch of the
+    # others is then in 3 chunks, with which and their loss they don't.
+    notes = advised(1984, PAIRS, QUERIES)
+    assert notes[0].startswith("does not fit: similarity needs")
+    assert notes[1:] == [
+        "what fits (compiled): --config.train.micro_batches=16: at most 0.00 GiB, 1.000 s a step"
+        " on average"
+    ]
+    assert compiled == ["similarity", "retrieval"] * 3
+
+
+@pytest.mark.parametrize("own", [0, 256])
+def test_a_change_is_given_up_at_the_first_dataset_that_does_not_fit(compiled, own):
+    queries = dataclasses.replace(QUERIES, batch_size=own)
+    notes = advised(1200, dataclasses.replace(PAIRS, batch_size=16), queries)
+    assert compiled[:2] == ["similarity", "retrieval"]
+    assert set(compiled[2:]) == {"retrieval"}
+    assert len(notes) == 2 + len(compiled[2:])
+    assert all("retrieval needs" in note for note in notes[:-1])
+    # config.batch_size makes no batch smaller whose dataset has a batch_size of its own.
+    assert any("--config.batch_size=64" in note for note in notes) == (not own)
 
 
 def test_loops_of_unknown_length_are_said():

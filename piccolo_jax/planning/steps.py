@@ -68,8 +68,12 @@ def plan_steps(
     chip: Chip,
     devices: Sequence[jax.Device],
     datasets: Sequence[Dataset],
+    doubtful: int | None = None,
 ) -> list[StepPlan]:
     """A plan for each dataset; datasets of one task and shape share their program.
+
+    With a `doubtful` one, its number among those that are used, its plan comes first, and none
+    after one that doesn't fit.
 
     Raises UserError if the config's mesh, batch or chunks don't fit the devices or the data.
     """
@@ -85,21 +89,24 @@ def plan_steps(
     programs = CompiledSteps(model, TASKS, config, optimizer, mesh, places)
     uses = batches.schedule.uses(config.total_steps)
     compiled: dict[Any, StepPlan] = {}
-    plans = []
-    for store, steps, first in zip(batches.stores, uses, _first_uses(batches), strict=True):
-        batch = batches.at(first)
+    firsts = _first_uses(batches)
+    plans: list[StepPlan] = []
+    for dataset in sorted(range(len(firsts)), key=lambda dataset: dataset != doubtful):
+        batch = batches.at(firsts[dataset])
         key = (batch.task, batch.shape, batch.rows)
         if key not in compiled:
             rows, length = batch.sharded["tokens"].shape
             metrics.say(f"compiling {batch.task}: {rows} rows of {length} tokens")
             compiled[key] = _compile(batch, programs, state, mesh, chip)
         plan = copy.copy(compiled[key])
-        plan.dataset, plan.steps = store.name, steps
+        plan.dataset, plan.steps = batches.stores[dataset].name, uses[dataset]
         _measure(plan, batch, model, config.loss.dims[-1])
         if plan.seconds:
             rate = plan.model_operations / plan.seconds
             plan.utilisation = rate / (chip.peak * mesh.devices.size)
         plans.append(plan)
+        if doubtful is not None and not plan.fits:
+            break
     return plans
 
 
