@@ -34,7 +34,8 @@ def logits(temperature: float, circle_margin: float | None = None, hardness: flo
 
     Circle loss (arXiv 2002.10857, eq. 4, with scale 1 / temperature) weighs each cosine by
     its distance from the optimum, 1 + margin or -margin. `hardness` > 0 multiplies each negative by
-    exp(hardness * cosine), through which no gradient flows (arXiv 2509.20354).
+    exp(hardness * cosine), through which no gradient flows (LLaVE, arXiv 2503.04812;
+    EmbeddingGemma, arXiv 2509.20354, does so with the hard negatives alone).
     """
     stop = jax.lax.stop_gradient
     if circle_margin is None:
@@ -142,9 +143,8 @@ def info_nce(
     if spread_out:
         spread = _mean_squared_cosine(queries, dims) + _mean_squared_cosine(positives[:, 0], dims)
         loss += spread_out * spread
-    nearest = functools.reduce(jnp.maximum, [term.nearest for term in found.values()])
     best = jnp.where(positive_keep, cosines[-1], -jnp.inf).max(axis=1)
-    metrics = {"accuracy": jnp.mean(best >= nearest)}
+    metrics = {"accuracy": jnp.mean(best >= found["qd"].nearest)}
     if limit is not None:
         left_out = sum(jnp.mean(term.too_near.astype(jnp.float32)) for term in found.values())
         pool = sum((sides[term[1]][1] > 0).sum() for term in terms)

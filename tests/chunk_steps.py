@@ -31,8 +31,8 @@ def main(sizes, out):
     config, model = tiny.config(), tiny.embedder(dropout=0.2, for_cpu=True)
     ways = {"whole": (model, 1), "chunks": (model.clone(unrolled=True), CHUNKED[sizes])}
     for loss in (config.loss.retrieval, config.loss.similarity, config.loss.classification):
-        # Divides the rounding of cosines, which is no matter of chunks; of larger ones gradients are
-        # small sums of large terms: 1.2e-6 at 0.2, 0.8e-6 at 0.5, 1.7e-6 at 1.
+        # Divides the rounding of cosines, which is no matter of chunks. With larger ones gradients
+        # are small sums of large terms: 1.2e-6 at 0.2, 0.8e-6 at 0.5, 1.7e-6 at 1.
         loss.temperature = 0.5
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     params = jax.tree.map(jax.device_put, tiny.params(model), build.param_shardings(model, mesh))

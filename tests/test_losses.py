@@ -369,6 +369,17 @@ def test_gradients_of_nearly_solved_rows_keep_their_digits():
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+def test_accuracy_is_of_queries_and_documents_whatever_other_terms_there_are():
+    # Each query is nearest to its own document; the documents are nearer to each other.
+    e = np.array([[1, 0, 0.5], [-1, 0, 0.5], [0.2, 0, 1], [-0.2, 0, 1]], np.float32)
+    loss = functools.partial(
+        losses.info_nce, dims=(3,), temperature=0.1, terms=("qd", "qq", "dq", "dd")
+    )
+    no_negatives = np.zeros((2, 0), int), np.zeros((2, 0), bool)
+    metrics = jax.jit(loss)(e, np.arange(2), np.array([[2], [3]]), *no_negatives)[1]
+    assert metrics["accuracy"] == 1
+
+
 def test_accuracy_is_the_share_of_rows_whose_own_is_nearest_at_full_width():
     e = np.zeros((6, 4), np.float32)
     e[0], e[1] = (1, 1, 0, 0), (0, 0, 1, 0)  # queries

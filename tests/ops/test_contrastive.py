@@ -186,6 +186,19 @@ def test_a_key_without_weight_may_hold_anything():
         np.testing.assert_array_equal(a, b)
 
 
+def test_vectors_in_bfloat16_are_computed_with_in_float32():
+    x = np.random.default_rng(0).normal(size=(7, 6)).astype(jnp.bfloat16)
+
+    @jax.jit
+    def run(x):
+        return nested_log_sum_exp(
+            x[:3], x, jnp.ones(7), jnp.ones((3, 7), bool), dims=(2, 6), score=lambda c: 9 * c,
+            block_size=2,
+        ).value  # fmt: skip
+
+    np.testing.assert_array_equal(run(x), run(x.astype(np.float32)))
+
+
 def test_a_query_without_keys_has_no_sum_and_moves_nothing():
     x, y, keep = vectors(2, 0), vectors(3, 1), np.array([[0, 0, 0], [1, 0, 1]], bool)
 
