@@ -13,6 +13,8 @@ from piccolo_jax.models.bert import BertConfig, BertEncoder, unstack
 from piccolo_jax.models.pretrained import load_params, read_spec
 from piccolo_jax.ops.dropout import dropout
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 SIZES = {
     "vocab_size": 60,
     "hidden_size": 32,

@@ -6,6 +6,8 @@ import pytest
 from piccolo_jax.models.bert import BertConfig
 from piccolo_jax.models.embedder import Embedder, pooling_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 TINY = BertConfig(
     vocab_size=60, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=40
 )

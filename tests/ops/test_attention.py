@@ -9,6 +9,8 @@ from jax.experimental.pallas import tpu as pltpu
 from piccolo_jax.ops.attention import SOFTMAX, attention
 from piccolo_jax.ops.dropout import bits_of
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
 ROWS, LENGTH = 2, 32
 
 
