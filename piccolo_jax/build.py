@@ -136,6 +136,12 @@ def abstract_params(model: Embedder, shardings: Any) -> Any:
     )
 
 
+def check_weights(parts: Parts) -> None:
+    """Raises UserError for weights that make_params() could not read; reads none of them."""
+    if parts.init:
+        pretrained.open_params(parts.init, parts.model.backbone, parts.model.embed_dim)
+
+
 def make_params(parts: Parts, seed: int, shardings: Any) -> Params:
     """Parameters in their shardings: read from the model directory, the rest drawn by the seed."""
     loaded: dict[str, Any] = {}

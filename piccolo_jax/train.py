@@ -10,6 +10,7 @@ what is best) and, at the end, export/.
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -57,6 +58,8 @@ def main(argv: list[str]) -> int:
         evals = open_datasets(config.eval.datasets)
         check_best_metric(config, evals)
         _check_workdir(workdir, config)
+        if not any((workdir / CHECKPOINTS).glob("[0-9]*")):
+            build.check_weights(parts)
     if not distributed.sees_first(workdir):
         raise UserError(f"--workdir={workdir}: must be a folder that all processes share")
 
@@ -219,6 +222,8 @@ def main(argv: list[str]) -> int:
     )
     with distributed.agreed("writing the export"):
         if is_first:
+            for left in workdir.glob("export.partial-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             weights = averaging.default_weights(config)
             record = read_record(workdir, config, config.total_steps, weights)
             export.write(output, params, parts, config, overwrite=True, record=record)

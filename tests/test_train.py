@@ -226,8 +226,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(
 
 def test_a_finished_run_started_again_changes_nothing(run_here, copied, capsys):
     before = snapshot(copied)
+    (copied / "export.partial-0123").mkdir()  # of a process that was killed
     assert run_here(copied) == 0
     assert snapshot(copied) == before
+    assert not (copied / "export.partial-0123").exists()
     assert str(copied / "export") in capsys.readouterr().err
 
 
