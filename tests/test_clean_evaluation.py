@@ -59,6 +59,6 @@ def test_rows_of_evaluation_sets_are_dropped_and_listed(files, tmp_path, capsys,
 def test_without_a_path_it_is_an_error(files, tmp_path, capsys):
     command = (prepare.main, f"--config={files / 'tiny.py'}", f"--workdir={tmp_path / 'run'}")
     assert run_command(*command, "--decontaminate=") == 2
-    assert "no such evaluation set" in one_error(capsys)
+    assert "decontaminate.paths = ('',): must be paths" in one_error(capsys)
     assert run_command(*command, "--decontaminate") == 2
     assert "--decontaminate needs" in one_error(capsys)

@@ -93,7 +93,8 @@ def nested_log_sum_exp(
     shards = batch_shards()
     num_queries, num_keys = len(queries), math.ceil(len(keys) / shards)  # of keys, of a shard
     num_blocks = math.ceil(num_keys / max(block_size // shards, 1)) if block_size else 1
-    queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
+    # In float32, or in float64 if they are.
+    queries, keys = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (queries, keys))
     block = math.ceil(num_keys / num_blocks)
 
     def in_blocks(x: jax.Array) -> jax.Array:
