@@ -38,14 +38,16 @@ class About:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check_model(self, place: Path, now: dict[str, Any]) -> None:
-        """Raises UserError if `now`, what config.model.init says today, is another model."""
+        """Raises UserError if `now`, what build.describe() says today, is another model."""
+        if not self.model:
+            return
         changes = [
             f"{name}: {self.model.get(name)!r} -> {now.get(name)!r}"
             for name in sorted(self.model.keys() | now.keys())
-            if self.model and self.model.get(name) != now.get(name)
+            if self.model.get(name) != now.get(name)
         ]
         if changes:
-            what = f"model in config.model.init = {self.config.model.init!r}"
+            what = "model in config.model.init or config.model.tokenizer"
             raise UserError(config_lib.refusal(place, changes, what))
 
 
@@ -278,7 +280,7 @@ def _items(state: dict[str, Any], average: Params, about: About) -> dict[str, An
 def _sums(tree: Any) -> dict[str, int]:
     """The sum of each array's bits, as whole numbers modulo 2**32, by its path.
 
-    Orbax keeps no checksums: a bit that flips on a disk would become a weight.
+    A bit that flips on a disk would become a weight: restoring notices none by itself.
     """
     named = jax.tree_util.tree_leaves_with_path(tree)
     sums = jax.device_get(_sum_bits([leaf for _, leaf in named]))

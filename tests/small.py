@@ -76,7 +76,7 @@ def params(parts):
     )
 
 
-def save_run(workdir, config, parts, params, step=2):
+def save_run(workdir, config, parts, params, step=2, model=None):
     """A run whose latest checkpoint, at `step`, holds `params`, and an older one zeros."""
     shardings = build.param_shardings(parts.model, one_device())
     optimizer = optax.sgd(1.0)
@@ -84,7 +84,7 @@ def save_run(workdir, config, parts, params, step=2):
         for at in (step - 1, step):
             values = jax.tree.map(lambda x, at=at: x * (at == step), params)
             state = build.make_state(jax.device_put(values, shardings), optimizer, one_device())
-            checkpoints.save(at, state, About(config, []))
+            checkpoints.save(at, state, About(config, [], model or {}))
 
 
 def snapshot(directory):

@@ -14,8 +14,9 @@ import pytest
 import small
 from small import ROOT, TASKS, one_error, run_command, snapshot
 
+from piccolo_jax import build, metrics, train
 from piccolo_jax import config as config_lib
-from piccolo_jax import metrics, train
+from piccolo_jax.checkpoint import Checkpoints
 from piccolo_jax.evaluation import local
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -138,6 +139,7 @@ def test_a_run_ends_with_checkpoints_metrics_scores_and_an_export(straight):
     assert all(-1 <= score[dim] <= 1 for score in scores for dim in ("16", "48"))
     config = config_lib.from_json((workdir / "config.json").read_text("utf-8"), "config.json")
     assert (config.total_steps, config.model.embed_dim) == (12, 48)
+    assert Checkpoints(workdir).about().model == build.describe(build.build(config))
     for place in (workdir / "checkpoints" / "12", workdir / "export"):
         assert str(place) in process.stderr
 

@@ -26,10 +26,11 @@ class Tokenizer:
         try:
             self.hf = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare ones
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            reason = next((line for line in lines if not line.endswith(":")), lines[0])
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            heading = len(lines) > 1 and lines[0].endswith(":")
+            reason = lines[heading] if lines else type(error).__name__
             raise UserError(
-                f"{path}: no tokenizer can be loaded from here ({reason.strip()}); {_REMEDY}"
+                f"{path}: no tokenizer can be loaded from here ({reason}); {_REMEDY}"
             ) from None
         if not self.hf.is_fast:
             raise UserError(f"{path}: the tokenizer has no tokenizer.json (a fast tokenizer)")
