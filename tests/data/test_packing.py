@@ -44,17 +44,18 @@ def test_every_text_lies_whole_in_a_slot_of_its_own(n, longest, length, shards):
     assert slots.dtype == index.dtype == np.int32
     assert slots.shape == (shards * shape.texts,)
     assert len(set(slots[index])) == n
-    for text, i in zip(texts, index, strict=True):
+    for number, (text, i) in enumerate(zip(texts, index, strict=True)):
         tokens, columns = read(arrays, slots[i])
         assert (tokens == text).all()
         row = slots[i] // num_segments(length)
         assert (np.diff(columns) == 1).all()
         assert (arrays["positions"][row, columns] == np.arange(len(text))).all()
+        assert (arrays["text_numbers"][row, columns] == number).all()
         assert i // shape.texts == row // shape.rows  # text and row are on one shard
     assert (arrays["segments"] > 0).sum() == lengths.sum()  # and nothing else is there
     assert not arrays["tokens"][arrays["segments"] == 0].any()
     assert not arrays["positions"][arrays["segments"] == 0].any()
-    for name in ("tokens", "segments", "positions"):
+    for name in ("tokens", "segments", "positions", "text_numbers"):
         assert arrays[name].dtype == np.int32
         assert arrays[name].shape == (shards * shape.rows, length)
 
