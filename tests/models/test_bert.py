@@ -227,6 +227,17 @@ def test_dropout_of_tokens_places_and_keys_is_independent():
         assert abs((a == b).mean() - 0.5) < 5 * 0.5 / np.sqrt(a.size), name
 
 
+def test_tokens_of_a_text_drop_different_values(params):
+    table = params["params"]["position_embeddings"]["embedding"]
+    same = {"params": params["params"] | {"position_embeddings": {"embedding": table * 0}}}
+    arrays, _ = packed([[5, 5, 5]], 4, [[0]])
+    encode = jax.jit(BertEncoder(TINY).apply)
+    still, dropped = encode(same, *arrays)[0], encode(same, *arrays, key=jax.random.key(0))[0]
+    for place in (1, 2):
+        np.testing.assert_allclose(still[place], still[0], rtol=0, atol=1e-5)
+        assert np.abs(dropped[place] - dropped[0]).max() > 0.1
+
+
 def test_a_text_keeps_its_dropout_in_any_company(params):
     texts, key = [[5, 9, 6, 3], [7, 8], [1, 2, 3]], jax.random.key(2)
     encode = jax.jit(functools.partial(BertEncoder(TINY).apply, key=key))
