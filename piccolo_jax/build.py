@@ -72,7 +72,20 @@ def build(config: Config, platform: str | None = None) -> Parts:
 def describe(parts: Parts) -> dict[str, Any]:
     """What the config leaves to `model.init`, and decides what a run learns: plain values."""
     backbone = dataclasses.asdict(parts.model.backbone)
-    return backbone | {"pooling": parts.model.pooling, "tokenizer": parts.tokenizer.fingerprint}
+    return backbone | {
+        "pooling": parts.model.pooling,
+        "tokenizer": parts.tokenizer.fingerprint,
+        "lower_case": parts.tokenizer.lower_case,
+    }
+
+
+def rebuild(config: Config, described: dict[str, Any], tokenizer: Path) -> Parts:
+    """The parts that describe() said this of, with the tokenizer of a folder; without weights."""
+    fields = [f.name for f in dataclasses.fields(BertConfig)]
+    backbone = BertConfig(**{name: described[name] for name in fields})
+    spec = pretrained.Pretrained(Path(), backbone, described["pooling"])
+    model = make_model(config, spec, jax.default_backend())
+    return Parts(model, Tokenizer(tokenizer, described["lower_case"]), None, False)
 
 
 def spec_of_sizes(config: Config) -> pretrained.Pretrained:

@@ -30,17 +30,15 @@ DIRECTORY, BEST = "checkpoints", "best"
 class About:
     """What a run is, kept with its states.
 
-    data: names and fingerprints of its datasets; model: what build.describe() says, {} if unknown.
+    data: names and fingerprints of its datasets; model: what build.describe() says.
     """
 
     config: Config
     data: list[str]
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: dict[str, Any]
 
     def check_model(self, place: Path, now: dict[str, Any]) -> None:
         """Raises UserError if `now`, what build.describe() says today, is another model."""
-        if not self.model:
-            return
         changes = [
             f"{name}: {self.model.get(name)!r} -> {now.get(name)!r}"
             for name in sorted(self.model.keys() | now.keys())
@@ -127,13 +125,13 @@ class Checkpoints:
         about = self._about()
         source = str(self.directory / str(self.latest) / "about")
         config = config_lib.from_json(json.dumps(about["config"]), source)
-        return About(config, about["data"], about.get("model", {}))
+        return About(config, about["data"], about["model"])
 
     def _about(self) -> dict[str, Any]:
         about = self._restore(about=ocp.args.JsonRestore())["about"]
         with self._readable_errors("read", self._remedy, self.latest):
-            if not isinstance(about, dict) or not {"config", "data"} <= about.keys():
-                raise ValueError("about/metadata lacks config or data")
+            if not isinstance(about, dict) or not {"config", "data", "model"} <= about.keys():
+                raise ValueError("about/metadata lacks config, data or model")
         return about
 
     def restore(self, abstract_state: TrainState) -> TrainState:

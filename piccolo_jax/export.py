@@ -20,16 +20,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from piccolo_jax import __version__, averaging, build, cli, metrics
+from piccolo_jax import __version__, averaging, build, cli, metrics, runs
 from piccolo_jax import config as config_lib
-from piccolo_jax.checkpoint import BEST, Best, Checkpoints
+from piccolo_jax.checkpoint import BEST
 from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
-from piccolo_jax.config import Config, MeshConfig
+from piccolo_jax.config import Config
 from piccolo_jax.errors import UserError
 from piccolo_jax.exporting import card, layout, onnx_graph, reference, states
 from piccolo_jax.exporting.layout import Exported, Options
 from piccolo_jax.exporting.record import Record, read_record
-from piccolo_jax.sharding import make_mesh
 from piccolo_jax.types import Params
 from piccolo_jax.verifying.findings import largest_difference
 
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--name", default="", help="of the model; default: that of OUTPUT")
     parser.add_argument("--license", default="", help="of the model, as on the hub: apache-2.0")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    add_checkpoint_flags(parser)
+    runs.add_flags(parser)
     args = parser.parse_args(argv[1:])
     _check_apart(args.output, args.workdir)
     check_output(args.output, args.overwrite)
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> None:
     options = Options(args.layout, args.dtype, (args.onnx_dim or 0) if args.onnx else None)
     if args.onnx_dim is not None and args.onnx_dim < 1:
         raise UserError(f"--onnx-dim={args.onnx_dim}: must be 1 or more")
-    step, config, parts, params = read_checkpoint(args.workdir, args.checkpoint, args.weights)
+    step, config, parts, params = runs.read(args.workdir, args.checkpoint, args.weights)
     weights = args.weights or averaging.default_weights(config)
     record = read_record(args.workdir, config, step, weights, args.results)
     record = dataclasses.replace(record, name=args.name, license=args.license)
@@ -74,40 +73,6 @@ def main(argv: list[str]) -> None:
         rows = [(dim, f"{difference:.1e}") for dim, difference in loss.items()]
         print(metrics.table(("prefix", "largest 1 - cosine"), rows))
     print(f"step {step} of {args.workdir} is in {args.output}")
-
-
-def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which weights of a run are meant: the arguments of read_checkpoint()."""
-    parser.add_argument(
-        "--checkpoint",
-        choices=("latest", "best"),
-        default="latest",
-        help="of WORKDIR; best: by config.checkpoint.best_metric",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=(averaging.AVERAGE, averaging.LAST),
-        help="of WORKDIR: the average over the steps, or the last; default: average, if kept",
-    )
-
-
-def read_checkpoint(
-    workdir: Path, checkpoint: str = "latest", weights: str | None = None
-) -> tuple[int, Config, build.Parts, Params]:
-    """Step, config, model and parameters (on one device) of a run's "latest" or "best" checkpoint.
-
-    `weights`: "average", "last", or None: the average if the run keeps one. Raises UserError if the
-    average is asked for and there is none.
-    """
-    checkpoints = Best(workdir) if checkpoint == "best" else Checkpoints(workdir)
-    about = checkpoints.about()
-    config = about.config
-    parts = build.build(config)
-    about.check_model(checkpoints.directory, build.describe(parts))
-    shardings = build.param_shardings(parts.model, make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    abstract = build.abstract_params(parts.model, shardings)
-    params = checkpoints.restore_weights(config, abstract, weights)
-    return checkpoints.latest or 0, config, parts, params
 
 
 def _check_apart(output: Path, workdir: Path) -> None:

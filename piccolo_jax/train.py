@@ -3,8 +3,8 @@
     python -m piccolo_jax.train --config=configs/NAME.py --workdir=DIR [--config.FIELD=VALUE ...]
 
 Started again with the same command, it goes on from its last checkpoint. WORKDIR gets config.json,
-metrics.jsonl, eval.jsonl, prepared/, checkpoints/, best/ (where config.checkpoint.best_metric says
-what is best) and, at the end, export/.
+tokenizer/, metrics.jsonl, eval.jsonl, prepared/, checkpoints/, best/ (where
+config.checkpoint.best_metric says what is best) and, at the end, export/.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from piccolo_jax import averaging, build, cli, distributed, export, metrics, optim, sharding
+from piccolo_jax import averaging, build, cli, distributed, export, metrics, optim, runs, sharding
 from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
 from piccolo_jax.checkpoint import About, Best, Checkpoints
@@ -95,6 +95,8 @@ def main(argv: list[str]) -> int:
         abstract_state = build.abstract_state(abstract_params, optimizer, mesh, average)
         state = checkpoints.restore(abstract_state)
         say(f"resuming after step {checkpoints.latest} of {checkpoints.directory}")
+    if is_first and (checkpoints.latest is None or not (workdir / runs.TOKENIZER).is_dir()):
+        runs.keep_tokenizer(workdir, parts)
     _write_config(workdir, config)
     first_step = int(state.step)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)

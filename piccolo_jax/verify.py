@@ -20,13 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from piccolo_jax import build, cli, export, metrics
-from piccolo_jax.config import Config
+from piccolo_jax import cli, export, metrics, runs
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import encoder
 from piccolo_jax.exporting import layout, states
 from piccolo_jax.exporting.reference import TEXTS, Reference
-from piccolo_jax.types import Params
 from piccolo_jax.verifying import files, onnx_run, served
 from piccolo_jax.verifying.findings import Finding, largest_difference
 
@@ -43,12 +41,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--workdir", type=Path, help="of the run that OUT was exported from")
     parser.add_argument("--dims", default="", help="prefixes, e.g. 256,512; default: the trained")
-    export.add_checkpoint_flags(parser)
+    runs.add_flags(parser)
     args = parser.parse_args(argv[1:])
     stored = Reference.read(args.model)
     reference = stored
     if args.workdir:
-        run = export.read_checkpoint(args.workdir, args.checkpoint, args.weights)
+        run = runs.read(args.workdir, args.checkpoint, args.weights)
         reference = _from_checkpoint(run, stored)
     if reference is None:
         return _compare_readers(args.model, args.dims)
@@ -127,10 +125,8 @@ def _vectors(
     yield Finding(part, f"{who}: 1 - cosine up to {largest:.1e}", largest <= TOLERANCE)
 
 
-def _from_checkpoint(
-    run: tuple[int, Config, build.Parts, Params], stored: Reference | None
-) -> Reference:
-    """The reference that an export of what export.read_checkpoint() gives would have."""
+def _from_checkpoint(run: runs.Run, stored: Reference | None) -> Reference:
+    """The reference that an export of the run would have."""
     about: dict[str, Any] = {"dtype": "float32", "onnx_dim": None} | (
         stored.about if stored else {}
     )

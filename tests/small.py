@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from piccolo_jax import build, cli, sharding
+from piccolo_jax import build, cli, runs, sharding
 from piccolo_jax.checkpoint import About, Checkpoints
 from piccolo_jax.config import Config, DatasetConfig, MeshConfig
 
@@ -76,7 +76,7 @@ def params(parts):
     )
 
 
-def save_run(workdir, config, parts, params, step=2, model=None):
+def save_run(workdir, config, parts, params, step=2):
     """A run whose latest checkpoint, at `step`, holds `params`, and an older one zeros."""
     shardings = build.param_shardings(parts.model, one_device())
     optimizer = optax.sgd(1.0)
@@ -84,7 +84,8 @@ def save_run(workdir, config, parts, params, step=2, model=None):
         for at in (step - 1, step):
             values = jax.tree.map(lambda x, at=at: x * (at == step), params)
             state = build.make_state(jax.device_put(values, shardings), optimizer, one_device())
-            checkpoints.save(at, state, About(config, [], model or {}))
+            checkpoints.save(at, state, About(config, [], build.describe(parts)))
+    runs.keep_tokenizer(workdir, parts)
 
 
 def snapshot(directory):

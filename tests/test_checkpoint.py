@@ -19,6 +19,7 @@ from piccolo_jax.errors import UserError
 from piccolo_jax.types import TrainState
 
 DATA = ["a.jsonl-0123", "b.jsonl-4567"]
+MODEL = {"pooling": "cls", "hidden_act": "gelu"}
 OPTIMIZER = optax.adamw(1e-3)
 
 
@@ -46,7 +47,7 @@ def abstract(values):
 def save(workdir, *steps, keep=2, about=None):
     with Checkpoints(workdir, keep) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state(step), About(about or config(), DATA))
+            checkpoints.save(step, state(step), About(about or config(), DATA, MODEL))
     return checkpoints
 
 
@@ -86,7 +87,7 @@ def test_the_parameters_can_be_read_alone(saved):
 
 
 def test_config_and_data_are_in_the_checkpoint(saved):
-    assert Checkpoints(saved).about() == About(config(), DATA)
+    assert Checkpoints(saved).about() == About(config(), DATA, MODEL)
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -108,46 +109,46 @@ def test_a_step_is_saved_once(copied):
 def test_the_same_config_and_data_pass(saved):
     same = config()
     same.log.every = 1
-    Checkpoints(saved).check(About(same, DATA))
+    Checkpoints(saved).check(About(same, DATA, MODEL))
 
 
 def test_another_config_or_other_data_are_refused_with_the_difference(saved):
     other = copy.deepcopy(config(seed=1))
     other.optim.learning_rate = 2e-5
     with pytest.raises(UserError) as raised:
-        Checkpoints(saved).check(About(other, DATA))
+        Checkpoints(saved).check(About(other, DATA, MODEL))
     message = str(raised.value)
     assert message.startswith(f"{saved / 'checkpoints'} is of a run with another config:\n")
     assert "  optim.learning_rate: 1e-05 -> 2e-05\n  seed: 0 -> 1\n" in message
     assert "another --workdir" in message
     with pytest.raises(UserError, match=r"content of dataset: b\.jsonl-4567 -> b\.jsonl-89ab\n"):
-        Checkpoints(saved).check(About(config(), [DATA[0], "b.jsonl-89ab"]))
+        Checkpoints(saved).check(About(config(), [DATA[0], "b.jsonl-89ab"], MODEL))
     with pytest.raises(UserError, match="content of dataset: None -> c"):
-        Checkpoints(saved).check(About(config(), [*DATA, "c"]))
+        Checkpoints(saved).check(About(config(), [*DATA, "c"], MODEL))
 
 
 def test_a_run_that_is_to_be_shorter_than_it_is_already_is_refused(tmp_path):
     about = config(total_steps=12)
     about.optim.schedule = "constant"
     save(tmp_path, 12, about=about)
-    Checkpoints(tmp_path).check(About(about, DATA))
+    Checkpoints(tmp_path).check(About(about, DATA, MODEL))
     about.total_steps = 11
     with pytest.raises(UserError, match=r"config\.total_steps = 11: .* step 12 already"):
-        Checkpoints(tmp_path).check(About(about, DATA))
+        Checkpoints(tmp_path).check(About(about, DATA, MODEL))
 
 
 def offered(workdir, scores, metric="a/spearman@8"):
     """What is kept of weights with these scores, (step, score) each."""
     with Best(workdir, metric) as best:
         for step, score in scores:
-            best.offer(step, score, state(step), About(config(), DATA))
+            best.offer(step, score, state(step), About(config(), DATA, MODEL))
     return Best(workdir)
 
 
 def test_the_best_weights_are_kept_whatever_comes_later(tmp_path):
     best = offered(tmp_path, [(0, 0.1), (2, 0.7), (4, 0.3), (6, 0.7), (8, float("nan"))])
     assert [p.name for p in (tmp_path / "best").iterdir()] == ["2"]
-    assert (best.latest, best.score, best.about()) == (2, 0.7, About(config(), DATA))
+    assert (best.latest, best.score, best.about()) == (2, 0.7, About(config(), DATA, MODEL))
     params = best.restore_params(abstract(state(2).params))
     jax.tree.map(np.testing.assert_array_equal, params, state(2).params)
 
@@ -171,7 +172,7 @@ def test_another_metric_begins_anew(tmp_path):
 def test_of_the_best_only_the_weights_are_kept(tmp_path):
     average = jax.tree.map(lambda x: x + 1, state(2).params)
     with Best(tmp_path, "m") as best:
-        best.offer(2, 0.5, state(2).replace(average=average), About(config(), DATA))
+        best.offer(2, 0.5, state(2).replace(average=average), About(config(), DATA, MODEL))
     restored = Best(tmp_path).restore_average(abstract(average))
     jax.tree.map(np.testing.assert_array_equal, restored, average)
     with pytest.raises(UserError, match="best/2: this checkpoint can't be read"):
@@ -266,28 +267,30 @@ def test_a_flipped_byte_of_the_arrays_is_an_error(copied):
 
 
 def test_another_model_in_the_place_of_init_is_refused_with_the_difference(tmp_path):
-    about = About(config(), DATA, {"pooling": "cls", "hidden_act": "gelu"})
+    about = About(config(), DATA, MODEL)
     with Checkpoints(tmp_path, 2) as checkpoints:
         checkpoints.save(3, state(3), about)
     Checkpoints(tmp_path).check(about)
-    now = dataclasses.replace(about, model={"pooling": "mean", "hidden_act": "gelu"})
+    now = dataclasses.replace(about, model=MODEL | {"pooling": "mean"})
     with pytest.raises(
         UserError, match=r"another model in config\.model\.init(.|\n)*pooling: 'cls' -> "
     ):
         Checkpoints(tmp_path).check(now)
 
 
-@pytest.mark.parametrize("notes", ["[]", '{"config": {}}'])
+@pytest.mark.parametrize("notes", ["[]", '{"config": {}, "data": []}'])
 def test_notes_of_another_form_are_an_error(copied, notes):
     (copied / "checkpoints" / "8" / "about" / "metadata").write_text(notes)
-    with pytest.raises(UserError, match=r"this checkpoint can't be read .*lacks config or data"):
+    with pytest.raises(
+        UserError, match=r"this checkpoint can't be read .*lacks config, data or model"
+    ):
         Checkpoints(copied).about()
 
 
 def test_damaged_notes_are_an_error_too(copied):
     os.truncate(copied / "checkpoints" / "8" / "about" / "metadata", 30)
     with pytest.raises(UserError, match="checkpoints/8: this checkpoint can't be read"):
-        Checkpoints(copied).check(About(config(), DATA))
+        Checkpoints(copied).check(About(config(), DATA, MODEL))
 
 
 def test_parameters_of_other_shapes_are_not_read(saved):

@@ -20,7 +20,7 @@ LAYERS = (
     ("tasks",),
     ("optim", "averaging"),
     ("build", "train_step"),
-    ("evaluation", "checkpoint", "distributed", "metrics", "cli", "quantize"),
+    ("evaluation", "checkpoint", "runs", "distributed", "metrics", "cli", "quantize"),
     ("encoder",),
     ("planning", "mining", "synthesis"),
     ("exporting",),

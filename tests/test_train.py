@@ -126,6 +126,7 @@ def test_a_run_ends_with_checkpoints_metrics_scores_and_an_export(straight):
     assert "Traceback" not in process.stderr
     assert sorted(p.name for p in workdir.iterdir()) == [
         "checkpoints", "config.json", "eval.jsonl", "export", "metrics.jsonl", "prepared",
+        "tokenizer",
     ]  # fmt: skip
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
     assert [row["step"] for row in rows(workdir)] == list(range(1, 13))

@@ -10,7 +10,7 @@ import small
 from safetensors.numpy import load_file
 from small import one_error, run_command
 
-from piccolo_jax import averaging, export, metrics, train, verify
+from piccolo_jax import averaging, export, metrics, runs, train, verify
 from piccolo_jax.config import MeshConfig
 from piccolo_jax.evaluation import models
 
@@ -84,7 +84,7 @@ def test_the_export_holds_the_averaged_weights_unless_told_otherwise(straight, t
         for name, value in last.items()
         if "position" not in name and value.size > 1
     )
-    _, config, _, params = export.read_checkpoint(straight.workdir, weights="last")
+    _, config, _, params = runs.read(straight.workdir, weights="last")
     assert config.optim.ema_decay == 0.8
     scaling = params["scaling"]["kernel"].T
     np.testing.assert_array_equal(last["linear.weight"], scaling)
@@ -114,9 +114,7 @@ def test_a_resumed_run_ends_with_the_same_average_to_the_bit(run_here, straight,
     assert run_here(workdir) == 0
     assert same(tensors(workdir / "export"), tensors(straight.workdir / "export"))
     for weights in ("average", "last"):
-        ours, theirs = (
-            export.read_checkpoint(base, weights=weights)[3] for base in (workdir, straight.workdir)
-        )
+        ours, theirs = (runs.read(base, weights=weights)[3] for base in (workdir, straight.workdir))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     evals = [metrics.read(base / "eval.jsonl") for base in (workdir, straight.workdir)]
     assert evals[0] == evals[1]
@@ -125,8 +123,8 @@ def test_a_resumed_run_ends_with_the_same_average_to_the_bit(run_here, straight,
 def test_the_average_does_not_change_what_is_learnt(run_here, straight, tmp_path):
     workdir = tmp_path / "run"
     assert run_here(workdir, "--config.optim.ema_decay=0", "--config.eval.dims=(16,)") == 0
-    last = export.read_checkpoint(straight.workdir, weights="last")[3]
-    jax.tree.map(np.testing.assert_array_equal, export.read_checkpoint(workdir)[3], last)
+    last = runs.read(straight.workdir, weights="last")[3]
+    jax.tree.map(np.testing.assert_array_equal, runs.read(workdir)[3], last)
 
 
 @pytest.mark.parametrize(("decay", "change"), [("0", "0.8 -> 0.0"), ("0.9", "0.8 -> 0.9")])

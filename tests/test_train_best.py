@@ -9,7 +9,7 @@ import small
 from safetensors.numpy import load_file
 from small import one_error, run_command
 
-from piccolo_jax import export, metrics, train
+from piccolo_jax import export, metrics, runs, train
 from piccolo_jax.checkpoint import Best
 from piccolo_jax.evaluation import local
 
@@ -62,7 +62,7 @@ def run_here(files, monkeypatch):
 def best_of(workdir):
     """Step in the name, score, and steps that the weights have taken."""
     (name,) = (path.name for path in (workdir / "best").iterdir())
-    params = export.read_checkpoint(workdir, "best")[3]
+    params = runs.read(workdir, "best")[3]
     return int(name), Best(workdir).score, round(float(params["scaling"]["bias"][0]))
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
-from piccolo_jax import build, sharding
 from piccolo_jax import config as config_lib
-from piccolo_jax.checkpoint import DIRECTORY, Checkpoints
+from piccolo_jax import runs, sharding
+from piccolo_jax.checkpoint import DIRECTORY
 from piccolo_jax.config import MeshConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import encoder as encoder_lib
@@ -103,20 +102,12 @@ def _of_directory(path: str, mesh: MeshConfig) -> Model:
 
 
 def _of_workdir(workdir: Path, mesh_config: MeshConfig) -> Model:
-    checkpoints = Checkpoints(workdir)
-    about = checkpoints.about()
-    config = about.config
-    parts = build.build(config)
-    about.check_model(checkpoints.directory, build.describe(parts))
-    mesh: Mesh = sharding.make_mesh(mesh_config)
-    shardings = build.param_shardings(parts.model, mesh)
-    abstract = build.abstract_params(parts.model, shardings)
-    params = checkpoints.restore_weights(config, abstract)  # as its export has them
+    mesh = sharding.make_mesh(mesh_config)
+    step, config, parts, params = runs.read(workdir, mesh=mesh)  # the weights of its export
     made = encoder_lib.Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
-    step = checkpoints.latest
     return Model(
         name=_name(workdir),
-        revision=f"step-{step}-{fingerprint(checkpoints.directory / str(step))[:12]}",
+        revision=f"step-{step}-{fingerprint(workdir / DIRECTORY / str(step))[:12]}",
         width=made.width,
         dims=_dims(config.loss.dims, made.width),
         prompts=_prompts(config_lib.shared_prompts(config)),
