@@ -10,11 +10,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["JAX_NUM_PROCESSES"] = "1"  # also where a cluster could be found
-# What many tests compile is compiled once, for all workers and the programs that tests start. Not
-# kept for the next time: a program from a cache warns of nothing, and of some that is tested.
+# What many tests compile is compiled once, for all workers and the programs that tests start; and
+# for the next time where the environment names a folder.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    compiled = tempfile.TemporaryDirectory(prefix="compiled-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)  # jax locks only a limited one
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
