@@ -42,6 +42,8 @@ _PREFETCH = {"copy-start", "slice-start"}
 # An asynchronous collective is written in the fusion that starts it, in each that it runs beside
 # and in the one that waits for it, always with this in its configuration.
 _ASYNC, _ASYNC_START = '"async_collective_fusion_config"', "AsyncCollectiveStart"
+# Of the fusion of an all-reduce and the slice that a chip keeps of it, which runs as one.
+_SCATTER = "AllReduceScatterFusion"
 
 
 @dataclasses.dataclass
@@ -207,7 +209,8 @@ def _count(
     starts = any(part.target == _ASYNC_START for part in parts)
     for item in fused or [instruction]:
         if _kind(item) and (starts or _ASYNC not in item.rest):
-            _count_collective(item, times, chip, cost)
+            scatters = _kind(item) == "all-reduce" and _SCATTER in instruction.rest
+            _count_collective(item, times, scatters, chip, cost)
     if (
         estimate is not None
         or fused
@@ -241,14 +244,19 @@ def _kind(instruction: _Instruction) -> str | None:
     return name if name in COLLECTIVES else None
 
 
-def _count_collective(instruction: _Instruction, times: float, chip: Chip, cost: Cost) -> None:
-    """Adds a collective: its bytes cross the ring of its group once (all-reduce: twice)."""
-    kind = _kind(instruction) or ""
+def _count_collective(
+    instruction: _Instruction, times: float, scatters: bool, chip: Chip, cost: Cost
+) -> None:
+    """Adds a collective: its bytes cross the ring of its group once (all-reduce: twice).
+
+    `scatters`: it is an all-reduce of which each chip keeps a slice.
+    """
+    kind = "reduce-scatter" if scatters else _kind(instruction) or ""
     group = _group_size(instruction.rest)
     size = shape_bytes(instruction.shape)
     if instruction.opcode.endswith("-start"):
         size /= 2  # its shape holds operand and result
-    if kind == "reduce-scatter":
+    if instruction.opcode.startswith("reduce-scatter"):
         size *= group  # of what enters
     passes = 2 if kind == "all-reduce" else 1
     share = 1.0 if kind == "collective-permute" else passes * (group - 1) / group
