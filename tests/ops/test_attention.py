@@ -1,5 +1,7 @@
 """The attention kernel, in Pallas's interpreter, and attention by rows, against plain XLA."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,14 @@ def test_the_kernel_is_attention_in_value_and_gradient(heads, hidden, rate):
     for a, e in zip(actual, expected, strict=True):
         # Sums of 32 terms in another order, exp2 in place of exp: a few bits of float32.
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
+
+
+@pytest.mark.parametrize("mesh", ["1x2x2", "1x1x3"])  # 4 heads, which 3 parts don't divide
+def test_every_device_drops_what_its_own_heads_drop_on_one(run_python, mesh):
+    script = Path(__file__).with_name("attention_on_meshes.py")
+    differences = run_python(script, mesh, devices=4).stdout.split()
+    assert len(differences) == 4
+    assert max(map(float, differences)) < 1e-6  # a few bits of float32
 
 
 @pytest.mark.parametrize("length", [16, 80, 192, 134])
