@@ -8,6 +8,7 @@ config.checkpoint.best_metric says what is best) and, at the end, export/.
 """
 
 import contextlib
+import fcntl
 import os
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -46,9 +47,14 @@ _STEPS_IN_FLIGHT = 2
 def main(argv: list[str]) -> int:
     """The command; returns the exit code."""
     config, workdir = cli.parse_config(argv, __doc__ or "")
-
-    # Model and mesh.
     distributed.start()
+    with contextlib.ExitStack() as held:
+        return _train(config, workdir, held)
+
+
+def _train(config: Config, workdir: Path, held: contextlib.ExitStack) -> int:
+    """Returns the exit code; `held` gets the lock of the workdir."""
+    # Model and mesh.
     distributed.check_same(config=config_lib.to_json(config))
     is_first = jax.process_index() == 0
     with distributed.agreed("starting"):
@@ -80,6 +86,9 @@ def main(argv: list[str]) -> int:
     _say_datasets(batches, epochs, config.total_steps)
 
     # State: new, or that of the last checkpoint.
+    with distributed.agreed("opening the workdir"):
+        if is_first:
+            held.enter_context(_lock(workdir))
     abstract_params = build.abstract_params(parts.model, shardings)
     optimizer = optim.make_optimizer(config, abstract_params)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -95,9 +104,11 @@ def main(argv: list[str]) -> int:
         abstract_state = build.abstract_state(abstract_params, optimizer, mesh, average)
         state = checkpoints.restore(abstract_state)
         say(f"resuming after step {checkpoints.latest} of {checkpoints.directory}")
-    if is_first and (checkpoints.latest is None or not (workdir / runs.TOKENIZER).is_dir()):
-        runs.keep_tokenizer(workdir, parts)
-    _write_config(workdir, config)
+    with distributed.agreed("writing the config"):
+        if is_first:
+            if checkpoints.latest is None or not (workdir / runs.TOKENIZER).is_dir():
+                runs.keep_tokenizer(workdir, parts)
+            _write_config(workdir, config)
     first_step = int(state.step)
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
@@ -261,11 +272,29 @@ def _check_workdir(workdir: Path, config: Config) -> None:
         raise UserError(config_lib.refusal(path, changes))
 
 
+def _lock(workdir: Path) -> IO[str]:
+    """An open file; until it is closed, no other run gets one. Raises UserError if one has it."""
+    try:
+        file = (workdir / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: can't be used ({error.strerror})") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"--workdir={workdir}: another process trains there; wait for it to end, or give"
+            " another --workdir"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 def _write_config(workdir: Path, config: Config) -> None:
-    if jax.process_index() == 0:
-        partial = workdir / "config.json.partial"
-        partial.write_text(config_lib.to_json(config), encoding="utf-8")
-        os.replace(partial, workdir / "config.json")
+    partial = workdir / "config.json.partial"
+    partial.write_text(config_lib.to_json(config), encoding="utf-8")
+    os.replace(partial, workdir / "config.json")
 
 
 def _first_uses(batches: Batches, first_step: int, stop_step: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Whole runs of the main program, as processes of their own and in this one."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -125,8 +126,8 @@ def test_a_run_ends_with_checkpoints_metrics_scores_and_an_export(straight):
     assert process.returncode == 0, process.stderr
     assert "Traceback" not in process.stderr
     assert sorted(p.name for p in workdir.iterdir()) == [
-        "checkpoints", "config.json", "eval.jsonl", "export", "metrics.jsonl", "prepared",
-        "tokenizer",
+        "checkpoints", "config.json", "eval.jsonl", "export", "lock", "metrics.jsonl",
+        "prepared", "tokenizer",
     ]  # fmt: skip
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
     assert [row["step"] for row in rows(workdir)] == list(range(1, 13))
@@ -143,6 +144,15 @@ def test_a_run_ends_with_checkpoints_metrics_scores_and_an_export(straight):
     assert Checkpoints(workdir).about().model == build.describe(build.build(config))
     for place in (workdir / "checkpoints" / "12", workdir / "export"):
         assert str(place) in process.stderr
+
+
+def test_a_second_process_in_the_same_folder_is_refused(run_here, copied, capsys):
+    before = snapshot(copied)
+    with (copied / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_here(copied) == 2
+    assert "another process trains there" in one_error(capsys)
+    assert snapshot(copied) == before
 
 
 def test_the_mixture_is_said_before_training_and_in_the_first_line_of_metrics(straight):
