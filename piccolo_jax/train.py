@@ -8,7 +8,6 @@ config.checkpoint.best_metric says what is best) and, at the end, export/.
 """
 
 import contextlib
-import fcntl
 import os
 import shlex
 import shutil
@@ -16,14 +15,25 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 from jax.experimental import multihost_utils
 
-from piccolo_jax import averaging, build, cli, distributed, export, metrics, optim, runs, sharding
+from piccolo_jax import (
+    averaging,
+    build,
+    cli,
+    distributed,
+    export,
+    locks,
+    metrics,
+    optim,
+    runs,
+    sharding,
+)
 from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import DIRECTORY as CHECKPOINTS
 from piccolo_jax.checkpoint import About, Best, Checkpoints
@@ -272,23 +282,18 @@ def _check_workdir(workdir: Path, config: Config) -> None:
         raise UserError(config_lib.refusal(path, changes))
 
 
-def _lock(workdir: Path) -> IO[str]:
-    """An open file; until it is closed, no other run gets one. Raises UserError if one has it."""
+def _lock(workdir: Path) -> contextlib.AbstractContextManager:
+    """Keeps other runs out of the folder. Raises UserError if one is in it."""
     try:
-        file = (workdir / "lock").open("w")
+        lock = locks.take(workdir / "lock")
     except OSError as error:
         raise UserError(f"--workdir={workdir}: can't be used ({error.strerror})") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+    if lock is None:
         raise UserError(
             f"--workdir={workdir}: another process trains there; wait for it to end, or give"
             " another --workdir"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return file
+        )
+    return lock
 
 
 def _write_config(workdir: Path, config: Config) -> None:

@@ -11,7 +11,7 @@ PACKAGE = "piccolo_jax"
 
 # Each layer may import those before it, and modules of its own layer that don't import it.
 LAYERS = (
-    ("errors", "types"),
+    ("errors", "types", "locks"),
     ("config",),
     ("data",),
     ("sharding",),

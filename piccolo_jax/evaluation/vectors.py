@@ -8,7 +8,6 @@ shorter of the two.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
+from piccolo_jax import locks
 from piccolo_jax.errors import UserError
 
 Encode = Callable[[Sequence[str]], np.ndarray]  # texts -> float32 [texts, width]
@@ -39,15 +39,13 @@ class Vectors:
         self.folder, self.width, self._encode, self._progress = folder, width, encode, progress
         self.encoded, self.seconds = 0, 0.0  # texts encoded since it was opened, and for how long
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
+        lock = locks.take(folder / "lock")
+        if lock is None:
             raise UserError(
                 f"{folder}: another evaluation of this model is writing there; wait for it, or give"
                 " another --output"
-            ) from None
+            )
+        self._lock = lock
         self._digests, self._values = folder / "texts.sha256", folder / "vectors.f32"
         self._row = self._open()
 

@@ -5,7 +5,6 @@ CACHE/NAME-FINGERPRINT/progress.json    chunks that are on disk, while it is bei
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 import tqdm
 
-from piccolo_jax import distributed
+from piccolo_jax import distributed, locks
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation.encoder import Encoder
 from piccolo_jax.mining.corpus import Corpus
@@ -137,17 +136,14 @@ def _make(cache: Path) -> None:
 def _lock(cache: Path, folder: Path) -> contextlib.AbstractContextManager:
     """Held until the process ends or leaves it."""
     try:
-        file = (cache / f"{folder.name}.lock").open("w")
+        lock = locks.take(cache / f"{folder.name}.lock")
     except OSError as error:
         raise UserError(f"--cache={cache}: can't be written ({error.strerror})") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+    if lock is None:
         raise UserError(
             f"{folder}: is being written by another run; wait for it, or name another --cache"
-        ) from None
-    return contextlib.closing(file)
+        )
+    return lock
 
 
 def _write(path: Path, text: str) -> None:
