@@ -2,6 +2,7 @@
 
     python -m piccolo_jax.evaluate --model=DIR --benchmark="MTEB(cmn, v1)" [--tasks=TNews,Ocnli]
     python -m piccolo_jax.evaluate --model=DIR --data=FOLDER [--split=dev] [--limit=200]
+    python -m piccolo_jax.evaluate --model=WORKDIR [--checkpoint=best] [--weights=last] ...
     python -m piccolo_jax.evaluate --compare OUTPUT [OUTPUT ...]
 
 Each text is encoded once, at full width; every dimension is a cut of that. Run again, it evaluates
@@ -18,7 +19,7 @@ from typing import Any
 
 import jax
 
-from piccolo_jax import cli, distributed
+from piccolo_jax import cli, distributed, runs
 from piccolo_jax.config import MeshConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import compare, files, models, report, together
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
         return
     distributed.start()
     mesh = MeshConfig(fsdp=args.fsdp, tensor=args.tensor)
-    model = models.load(args.model, mesh, args.name)
+    model = models.load(args.model, mesh, args.name, args.checkpoint, args.weights)
     dims = _dims(args.dims) or model.dims
     if max(dims) > model.width:
         raise UserError(f"--dims: {max(dims)} is more than the model's width, {model.width}")
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     add("--model", default="", help="an export, a workdir or a sentence-transformers folder")
+    runs.add_flags(parser)
     add("--benchmark", default="", help='of mteb, e.g. "MTEB(cmn, v1)"; cmteb-2024: its 35 tasks')
     add("--tasks", default="", help="names, with commas: of mteb, or of --data or --benchmark")
     add("--data", type=Path, help="folder of local files instead of mteb's data sets")

@@ -463,6 +463,7 @@ def test_the_31_and_the_35_tasks_are_mteb_s():
         (["--data=none", "--dims=8,x"], "--dims=8,x: must be numbers above 0"),
         (["--data=none", "--dims=31"], "31 is more than the model's width, 30"),
         (["--data=none", "--name=x"], "--name=x: must be ORG/NAME"),
+        (["--data=none", "--checkpoint=best"], "is not the workdir of a run"),
         (["--compare", "x"], "give --model=DIR to evaluate, or --compare"),
     ],
 )

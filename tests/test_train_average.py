@@ -96,13 +96,21 @@ def test_the_export_holds_the_averaged_weights_unless_told_otherwise(straight, t
     ) == 0  # fmt: skip
 
 
-def test_an_evaluated_workdir_is_what_its_export_is(straight):
-    ours, theirs = (
-        models.load(str(path), MeshConfig(data=1))
-        for path in (straight.workdir, straight.workdir / "export")
-    )
-    texts = ["今天天气很好", "A text"]
-    np.testing.assert_allclose(ours.encode(texts), theirs.encode(texts), atol=1e-6)
+def test_an_evaluated_workdir_is_what_its_export_is(straight, tmp_path):
+    flags = (f"--workdir={straight.workdir}", f"--output={tmp_path / 'last'}", "--weights=last")
+    assert run_command(export.main, *flags) == 0
+    texts, found = ["今天天气很好", "A text"], {}
+    for weights, exported in (
+        (None, straight.workdir / "export"),
+        ("average", straight.workdir / "export"),
+        ("last", tmp_path / "last"),
+    ):
+        ours = models.load(str(straight.workdir), MeshConfig(data=1), weights=weights)
+        theirs = models.load(str(exported), MeshConfig(data=1))
+        np.testing.assert_allclose(ours.encode(texts), theirs.encode(texts), atol=1e-6)
+        found[weights] = ours.revision
+    assert found["average"] == found[None]
+    assert found["last"] == f"{found[None]}-last"  # or one's results would be taken for the other's
 
 
 def test_a_resumed_run_ends_with_the_same_average_to_the_bit(run_here, straight, tmp_path):

@@ -11,7 +11,8 @@ from small import one_error, run_command
 
 from piccolo_jax import export, metrics, runs, train
 from piccolo_jax.checkpoint import Best
-from piccolo_jax.evaluation import local
+from piccolo_jax.config import MeshConfig
+from piccolo_jax.evaluation import local, models
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 METRIC = "--config.checkpoint.best_metric=similarity.test/spearman@48"
@@ -82,6 +83,11 @@ def test_the_best_weights_stay_and_can_be_exported(run_here, tmp_path, capsys):
     assert "step 6 of" in capsys.readouterr().out
     bias = load_file(output / "2_Dense" / "model.safetensors")["linear.bias"]
     np.testing.assert_array_equal(bias, 6)
+    best = models.load(str(tmp_path / "run"), MeshConfig(data=1), checkpoint="best")
+    exported = models.load(str(output), MeshConfig(data=1))
+    texts = ["今天天气很好", "A text"]
+    np.testing.assert_allclose(best.encode(texts), exported.encode(texts), atol=1e-6)
+    assert best.revision.startswith("step-6-")
     assert run_command(export.main, *flags, "--overwrite") == 0
     assert "step 12 of" in capsys.readouterr().out
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from piccolo_jax import averaging, runs, sharding
 from piccolo_jax import config as config_lib
-from piccolo_jax import runs, sharding
-from piccolo_jax.checkpoint import DIRECTORY
+from piccolo_jax.checkpoint import BEST, DIRECTORY
 from piccolo_jax.config import MeshConfig
 from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import encoder as encoder_lib
@@ -49,13 +49,25 @@ class Model:
     encode: Callable[[Sequence[str]], np.ndarray]
 
 
-def load(path: str, mesh: MeshConfig, name: str = "") -> Model:
-    """The model of a directory, or of a workdir's latest checkpoint.
+def load(
+    path: str, mesh: MeshConfig, name: str = "", checkpoint: str = "latest",
+    weights: str | None = None,
+) -> Model:  # fmt: skip
+    """The model of a directory, or of a workdir.
 
-    `name` replaces the one made of the path. Raises UserError for what is missing or not supported.
+    `name` replaces the one made of the path; `checkpoint` and `weights` are those of runs.read(),
+    of a workdir alone. Raises UserError for what is missing or not supported.
     """
     place = Path(path)
-    made = _of_workdir(place, mesh) if (place / DIRECTORY).is_dir() else _of_directory(path, mesh)
+    if (place / DIRECTORY).is_dir():
+        made = _of_workdir(place, mesh, checkpoint, weights)
+    else:
+        if checkpoint != "latest" or weights:
+            raise UserError(
+                f"--model={path}: is not the workdir of a run, which --checkpoint and --weights are"
+                " of; leave them out"
+            )
+        made = _of_directory(path, mesh)
     if name and not re.fullmatch(r"[^/\s]+/[^/\s]+", name):
         raise UserError(f"--name={name}: must be ORG/NAME, without spaces")
     return dataclasses.replace(made, name=name) if name else made
@@ -101,13 +113,17 @@ def _of_directory(path: str, mesh: MeshConfig) -> Model:
     )
 
 
-def _of_workdir(workdir: Path, mesh_config: MeshConfig) -> Model:
+def _of_workdir(
+    workdir: Path, mesh_config: MeshConfig, checkpoint: str, weights: str | None
+) -> Model:
     mesh = sharding.make_mesh(mesh_config)
-    step, config, parts, params = runs.read(workdir, mesh=mesh)  # the weights of its export
+    step, config, parts, params = runs.read(workdir, checkpoint, weights, mesh)
+    files = workdir / (BEST if checkpoint == "best" else DIRECTORY) / str(step)
+    usual = weights in (None, averaging.default_weights(config))
     made = encoder_lib.Encoder(parts.model, parts.tokenizer, mesh, config.data.max_length)
     return Model(
         name=_name(workdir),
-        revision=f"step-{step}-{fingerprint(workdir / DIRECTORY / str(step))[:12]}",
+        revision=f"step-{step}-{fingerprint(files)[:12]}{'' if usual else f'-{weights}'}",
         width=made.width,
         dims=_dims(config.loss.dims, made.width),
         prompts=_prompts(config_lib.shared_prompts(config)),
