@@ -80,7 +80,10 @@ def describe(parts: Parts) -> dict[str, Any]:
 
 
 def rebuild(config: Config, described: dict[str, Any], tokenizer: Path) -> Parts:
-    """The parts that describe() said this of, with the tokenizer of a folder; without weights."""
+    """The parts that describe() said this of, with the tokenizer of a folder; without weights.
+
+    Raises KeyError for what it doesn't say.
+    """
     fields = [f.name for f in dataclasses.fields(BertConfig)]
     backbone = BertConfig(**{name: described[name] for name in fields})
     spec = pretrained.Pretrained(Path(), backbone, described["pooling"])

@@ -51,7 +51,13 @@ def read(
             f"{workdir / TOKENIZER}: no such folder; copy the whole workdir, or start `train` again"
             " with the command of this run, which writes it"
         )
-    parts = build.rebuild(about.config, about.model, workdir / TOKENIZER)
+    try:
+        parts = build.rebuild(about.config, about.model, workdir / TOKENIZER)
+    except KeyError as error:
+        raise UserError(
+            f"{checkpoints.directory / str(checkpoints.latest)}: doesn't say {error} of its model;"
+            " read it with the version of piccolo_jax that trained it"
+        ) from None
     if mesh is None:
         mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     shardings = build.param_shardings(parts.model, mesh)

@@ -85,3 +85,13 @@ def test_the_tokenizer_of_an_earlier_try_is_replaced(started_from):
     runs.keep_tokenizer(workdir, parts)
     assert runs.read(workdir).parts.tokenizer.fingerprint == parts.tokenizer.fingerprint
     assert not (workdir / "tokenizer.partial").exists()
+
+
+def test_a_run_of_another_version_is_an_error_that_says_so(started_from):
+    workdir = started_from()[1]
+    about = workdir / "checkpoints" / "2" / "about" / "metadata"
+    values = json.loads(about.read_text())
+    del values["model"]["hidden_act"]
+    about.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"checkpoints/2: doesn't say 'hidden_act' of its model"):
+        runs.read(workdir)
