@@ -81,7 +81,7 @@ def test_arms_differ_in_losses_alone(data):
     tasks = {name: [d.task for d in c.data.datasets] for name, c in configs.items()}
     r, s, c = "retrieval", "similarity", "classification"
     assert tasks["infonce"] == tasks["counted"] == [r] * 6
-    assert tasks["cosent"] == [r, r, s, s, r, r]
+    assert tasks["cosent"] == tasks["heavy"] == [r, r, s, s, r, r]
     assert tasks["labels"] == tasks["alone-256"] == [r, r, s, s, c, c]
     for config in configs.values():
         config_lib.validate(config)
@@ -95,6 +95,7 @@ def test_arms_differ_in_losses_alone(data):
         changes = config_lib.diff(configs["labels"], other)
         assert [change.split(":")[0] for change in changes] == {
             "counted": ["loss.retrieval.duplicates"],
+            "heavy": ["loss.similarity.weight"],
             "alone-256": ["loss.dims", "model.embed_dim"],
         }.get(name, [])
 
@@ -109,7 +110,7 @@ def test_runs_of_other_settings_are_not_mixed(data):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--arms=infonce,all", "'all' is none of infonce, counted"),
+        ("--arms=infonce,all", "'all' is none of infonce, cosent"),
         ("--dims=1792,256", "must rise and end with 1792"),
         ("--lengths=32", "two numbers"),
         ("--seeds=0", "1 or more"),
