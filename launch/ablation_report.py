@@ -22,6 +22,8 @@ PUBLISHED = {
     "cosent": (73.10, 53.39, 90.02, 69.08, 74.25, 63.35, 69.87),
     "labels": (74.59, 62.17, 90.24, 70.00, 74.36, 63.50, 70.95),
 }
+# Arms beside the ablation's order, and that which each is a change of.
+BESIDE = {"counted": "infonce", "heavy": "cosent"}
 _COLUMNS = (*CATEGORIES, "mean")
 
 
@@ -63,9 +65,11 @@ def write(
     }
     start = dict(np.load(output / "scores" / "start.npz"))
     width = dims[-1]
-    pairs = [(b, a, width) for a, b in itertools.pairwise(arms)]
-    if len(arms) > 2:
-        pairs.append((arms[-1], arms[0], width))
+    order = [arm for arm in arms if arm not in BESIDE]
+    pairs = [(b, a, width) for a, b in itertools.pairwise(order)]
+    if len(order) > 2:
+        pairs.append((order[-1], order[0], width))
+    pairs += [(arm, BESIDE[arm], width) for arm in arms if BESIDE.get(arm) in arms]
     if "labels" in arms:
         pairs += [("labels", f"alone-{dim}", dim) for dim in separate if dim in dims]
     compared = {(name, dim) for a, b, dim in pairs for name in (a, b)}
@@ -198,15 +202,17 @@ def figure(path: Path, results: dict[str, Any]) -> None:
     places = np.arange(len(_COLUMNS))
     full = max(map(int, results["models"][arms[0]]))
     first = results["models"][arms[0]][str(full)]["mean"]
+    apart = 0.75 / max(len(arms) - 1, 1)
     for i, name in enumerate(arms[1:]):
         value = results["models"][name][str(full)]["mean"]
-        left.bar(places + 0.25 * i, [value[c] - first[c] for c in _COLUMNS], 0.22, label=name)
+        gained = [value[c] - first[c] for c in _COLUMNS]
+        left.bar(places + apart * i, gained, 0.88 * apart, label=name)
         if name in PUBLISHED and arms[0] in PUBLISHED:
             gains = np.asarray(PUBLISHED[name]) - PUBLISHED[arms[0]]
             label = None if i else "published (CMTEB)"
-            left.plot(places + 0.25 * i, gains, "k_", markersize=14, label=label)
+            left.plot(places + apart * i, gains, "k_", markersize=14, label=label)
     left.axhline(0, color="black", linewidth=0.8)
-    left.set_xticks(places + 0.125, _COLUMNS)
+    left.set_xticks(places + 0.375 - apart / 2, _COLUMNS)
     left.set_ylabel(f"points above {arms[0]}, at {full} dimensions")
     left.legend()
     for name, by_dim in results["models"].items():

@@ -205,3 +205,16 @@ def test_one_seed_has_no_interval_over_seeds(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["models"]["labels"]["1792"][
         "half"
     ] is None  # fmt: skip
+
+
+def test_arms_are_compared_in_order_and_those_beside_it_with_what_they_change(tmp_path):
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "settings.json").write_text("{}")
+    for name in (*(f"{arm}-0" for arm in ablation.ARMS), "start"):
+        np.savez(tmp_path / "scores" / f"{name}.npz", **scores(0.7, 0, [1792]))
+    ablation_report.write(tmp_path, ablation.ARMS, [], [1792], 1)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(d["of"], d["minus"]) for d in results["differences"]] == [
+        ("cosent", "infonce"), ("labels", "cosent"), ("labels", "infonce"),
+        ("counted", "infonce"), ("heavy", "cosent"),
+    ]  # fmt: skip
