@@ -105,6 +105,18 @@ def test_a_prefix_is_cut_and_then_normalised_unless_told_otherwise(encoder, raw,
     assert rows.base is None or rows.base.nbytes == rows.nbytes  # doesn't keep the whole
 
 
+@pytest.mark.parametrize(("named", "kept"), [(7, 7), (WIDTH + 1, WIDTH), (None, WIDTH)])
+def test_the_directory_says_which_prefix_is_kept(directory, raw, tmp_path, named, kept):
+    shutil.copytree(directory, tmp_path / "model")
+    about = tmp_path / "model" / "config_sentence_transformers.json"
+    about.write_text(json.dumps(json.loads(about.read_text("utf-8")) | {"truncate_dim": named}))
+    encoder = piccolo_jax.Encoder.load(tmp_path / "model")
+    assert encoder.default_dim == kept
+    np.testing.assert_allclose(encoder.encode(TEXTS), unit(raw[:, :kept]), atol=1e-6)
+    theirs = SentenceTransformer(str(tmp_path / "model")).encode(TEXTS)
+    assert theirs.shape[1] == kept
+
+
 @pytest.mark.parametrize("dim", [0, -1, WIDTH + 1, 8.0, "8", True])
 def test_a_prefix_that_does_not_exist_is_an_error(encoder, dim):
     with pytest.raises(UserError, match=f"dim = {dim!r}: must be from 1 to {WIDTH}"):

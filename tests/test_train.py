@@ -15,7 +15,7 @@ import pytest
 import small
 from small import ROOT, TASKS, one_error, run_command, snapshot
 
-from piccolo_jax import build, metrics, train
+from piccolo_jax import build, metrics, runs, train
 from piccolo_jax import config as config_lib
 from piccolo_jax.checkpoint import Checkpoints
 from piccolo_jax.evaluation import local
@@ -153,6 +153,12 @@ def test_a_second_process_in_the_same_folder_is_refused(run_here, copied, capsys
         assert run_here(copied) == 2
     assert "another process trains there" in one_error(capsys)
     assert snapshot(copied) == before
+
+
+def test_a_folder_that_cannot_be_locked_is_an_error(run_here, tmp_path, capsys):
+    (tmp_path / "lock").mkdir()
+    assert run_here(tmp_path, NO_EVALS) == 2
+    assert f"--workdir={tmp_path}: can't be used (Is a directory)" in one_error(capsys)
 
 
 def test_the_mixture_is_said_before_training_and_in_the_first_line_of_metrics(straight):
@@ -338,10 +344,12 @@ def test_a_run_that_has_learnt_nothing_yet_may_change_its_config(
 ):
     step_by_step[2] = {"loss": float("nan"), "grad_norm": 1.0}
     assert run_here(tmp_path, NO_EVALS) == 2
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")  # that of the other config
     step_by_step.clear()
     assert run_here(tmp_path, NO_EVALS, "--config.optim.learning_rate=1e-4") == 0
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
     assert json.loads((tmp_path / "config.json").read_text())["optim"]["learning_rate"] == 1e-4
+    assert runs.read(tmp_path).step == 12
 
 
 def test_metrics_are_logged_every_so_many_steps_and_at_both_ends(run_here, step_by_step, tmp_path):

@@ -359,9 +359,11 @@ def test_of_half_precision_the_loss_is_told_and_the_rest_is_exact(
         assert unit**2 / 10 < float(loaded) < 200 * unit**2
     if other:
         edit(tmp_path / "out" / "config.json", lambda v: v.update(dtype="float32"))
-        edit(tmp_path / "out" / "1_Pooling" / "config.json", lambda v: v.pop("pooling_mode"))
-        assert run_command(verify.main, tmp_path / "out") == 1
-        assert capsys.readouterr().out.splitlines()[-1] == "different: backbone, pooling"
+        pooling = tmp_path / "out" / "1_Pooling" / "config.json"
+        for change in (lambda v: v.update(pooling_mode="cls"), lambda v: v.pop("pooling_mode")):
+            edit(pooling, change)
+            assert run_command(verify.main, tmp_path / "out") == 1
+            assert capsys.readouterr().out.splitlines()[-1] == "different: backbone, pooling"
 
 
 def test_an_export_that_names_no_prefixes_is_checked_at_eighths(copied):
