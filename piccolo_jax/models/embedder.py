@@ -115,12 +115,13 @@ class Embedder(nn.Module):
             )
             x, _ = in_turn(encoder, x, tuple(chunks))
         if self.embed_dim:
-            # Orthogonal: a new layer as wide as the backbone or wider starts with its cosines.
+            # Orthogonal: a new layer as wide as the backbone or wider starts with its cosines. Its
+            # entries are as large as torch.nn.Linear's (variance 1 / 3 of the backbone's width).
             widening = max(1.0, self.embed_dim / self.backbone.hidden_size)
             x = nn.Dense(
                 self.embed_dim,
                 precision=jax.lax.Precision.HIGHEST,
-                kernel_init=nn.initializers.orthogonal(widening**0.5),
+                kernel_init=nn.initializers.orthogonal((widening / 3) ** 0.5),
                 name="scaling",
             )(x)
         return constrain(x, BATCH_AXES, None)

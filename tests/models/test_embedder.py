@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from piccolo_jax.models.bert import BertConfig
 from piccolo_jax.models.embedder import Embedder, pooling_weights
@@ -101,3 +102,12 @@ def test_a_new_scaling_layer_keeps_the_cosines_of_the_backbone():
     expected = cosines(bare, {"backbone": params["backbone"]})
     assert 1 - expected.min() > 0.01
     np.testing.assert_allclose(cosines(wide, params), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("width", [72, 8])
+def test_a_new_scaling_layer_has_weights_as_large_as_pytorch_s(width):
+    texts = (*arrays_of([np.arange(3, 9)], [[0]], 12), np.arange(1, dtype=np.int32))
+    init, _ = jitted(Embedder(TINY, embed_dim=width))
+    ours = init(jax.random.key(0), *texts, num_segments=1)["params"]["scaling"]["kernel"]
+    theirs = torch.nn.Linear(TINY.hidden_size, 10_000).weight.detach().numpy()
+    np.testing.assert_allclose(np.square(ours).mean(), np.square(theirs).mean(), rtol=0.02)
