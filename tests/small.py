@@ -69,10 +69,12 @@ def one_device():
 def params(parts):
     """Random parameters, large enough for texts to be far from each other."""
     shardings = build.param_shardings(parts.model, one_device())
+    made = build.make_params(parts, 0, shardings)
+    if "scaling" in made:  # else what is added to the layer, the same for all texts, outweighs it
+        made["scaling"]["kernel"] *= 3**0.5
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: np.asarray(x) + rng.normal(size=x.shape, scale=0.3).astype(np.float32),
-        build.make_params(parts, 0, shardings),
+        lambda x: np.asarray(x) + rng.normal(size=x.shape, scale=0.3).astype(np.float32), made
     )
 
 
