@@ -100,6 +100,12 @@ def batch_shards() -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.auto_axes)
 
 
+def is_split() -> bool:
+    """Whether the compiler splits arrays over devices of the mesh in context."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)
+
+
 def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     """Pins `x` to PartitionSpec(*spec) on the mesh in context; without one, returns `x`.
 

@@ -21,6 +21,7 @@ from piccolo_jax.errors import UserError
 from piccolo_jax.ops.attention import SOFTMAX, attention
 from piccolo_jax.ops.dropout import bits_of, dropout
 from piccolo_jax.ops.gelu import gelu
+from piccolo_jax.ops.products import in_memory, product_on_cpu
 from piccolo_jax.sharding import BATCH_AXES, Rules, constrain
 
 ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
@@ -297,12 +298,13 @@ class _Layer(nn.Module):
             attention_key, *keys = jax.random.split(key, 3)
             attention_bits = bits_of(attention_key, numbers)
             drops = [functools.partial(dropout, rate=config.hidden_dropout, key=k) for k in keys]
-        dot = _dot if self.for_cpu else jnp.dot
-        dense = functools.partial(_Dense, config.initializer_range, self.dtype, dot)
+        dense = functools.partial(_Dense, config.initializer_range, self.dtype, self.for_cpu)
+
+        keep = _keep_on_cpu if self.for_cpu else _keep
 
         def product(x: jax.Array, features: int, name: str) -> jax.Array:
             y = constrain(dense(features, name=name)(x), BATCH_AXES, None, "tensor")
-            return checkpoint_name(y, _KEPT)
+            return keep(y)
 
         def add_and_norm(
             x: jax.Array, y: jax.Array, drop: Callable[..., Array] | None, name: str
@@ -310,7 +312,7 @@ class _Layer(nn.Module):
             if drop is not None:
                 y = drop(y, tokens=numbers)
             # Rounded here, so that the norm reads the sum and doesn't compute it again.
-            x = checkpoint_name((x.astype(jnp.float32) + y).astype(self.dtype), _KEPT)
+            x = keep((x.astype(jnp.float32) + y).astype(self.dtype))
             x = _layer_norm(config, self.dtype, name)(x).astype(self.dtype)
             return constrain(x, BATCH_AXES, None, None)
 
@@ -320,7 +322,7 @@ class _Layer(nn.Module):
             heads=config.num_heads, rate=config.attention_dropout, kernel=self.kernels,
             by_rows=self.for_cpu,
         )  # fmt: skip
-        y = checkpoint_name(constrain(y, BATCH_AXES, None, "tensor"), _KEPT)
+        y = keep(constrain(y, BATCH_AXES, None, "tensor"))
         x = add_and_norm(x, dense(hidden, name="attention_output")(y), drops[0], "attention_norm")
 
         y = _not_fused(product(x, config.intermediate_size, "intermediate"))
@@ -337,7 +339,7 @@ class _Dense(nn.Module):
 
     initializer_range: float
     dtype: Any
-    dot: Callable[[Array, Array], Array]
+    for_cpu: bool
     features: int
 
     @nn.compact
@@ -345,29 +347,56 @@ class _Dense(nn.Module):
         init = nn.initializers.normal(self.initializer_range)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = self.dot(x, kernel.astype(self.dtype)).astype(jnp.float32) + bias
+        if self.for_cpu:
+            return _dense_on_cpu(x, kernel, bias)
+        y = jnp.dot(x, kernel.astype(self.dtype)).astype(jnp.float32) + bias
         return y.astype(self.dtype)
 
 
 @jax.custom_vjp
-def _dot(x: Float[Array, "R L I"], kernel: Float[Array, "I O"]) -> Float[Array, "R L O"]:
-    """x @ kernel, for CPUs, where XLA moves a large factor for JAX's gradient of the kernel.
+def _dense_on_cpu(
+    x: Float[Array, "R L I"], kernel: Float[Array, "I O"], bias: Float[Array, " O"]
+) -> Float[Array, "R L O"]:
+    """As _Dense, with the products that XLA for CPUs computes fast.
 
-    That is a product transposed; this one is not.
+    For JAX's gradient of the kernel it moves a large factor: that is a product transposed; this
+    one is not.
     """
-    return jnp.dot(x, kernel)
+    return (product_on_cpu(x, kernel.astype(x.dtype)) + bias).astype(x.dtype)
 
 
-def _dot_gradient(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _dense_gradient(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
     x, kernel = saved
-    return jnp.dot(gradient, kernel.T), _flat(x).T @ _flat(gradient)
+    gradient = in_memory(gradient)
+    for_x = product_on_cpu(gradient, kernel.astype(x.dtype).T).astype(x.dtype)
+    for_kernel = product_on_cpu(_flat(in_memory(x)).T, _flat(gradient))
+    return for_x, for_kernel, gradient.astype(jnp.float32).sum((0, 1))
 
 
 def _flat(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-_dot.defvjp(lambda x, kernel: (_dot(x, kernel), (x, kernel)), _dot_gradient)
+_dense_on_cpu.defvjp(
+    lambda x, kernel, bias: (_dense_on_cpu(x, kernel, bias), (x, kernel)), _dense_gradient
+)
+
+
+def _keep(x: Array) -> Array:
+    return checkpoint_name(x, _KEPT)
+
+
+def _as_integers(x: Array) -> Array:
+    """As _keep(). XLA for CPUs writes a layer of integers into the array of all layers; of an array
+    of bfloat16 it writes all layers each time.
+    """
+    if x.dtype == jnp.float32:
+        return _keep(x)
+    return jax.lax.bitcast_convert_type(_keep(jax.lax.bitcast_convert_type(x, jnp.uint16)), x.dtype)
+
+
+_keep_on_cpu = jax.custom_vjp(_as_integers)
+_keep_on_cpu.defvjp(lambda x: (_as_integers(x), None), lambda _, gradient: (gradient,))
 
 
 def _layer_norm(config: BertConfig, dtype: Any, name: str) -> nn.LayerNorm:

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from piccolo_jax.ops.dropout import WEYL, keep
+from piccolo_jax.ops.products import product_on_cpu
 from piccolo_jax.sharding import BATCH_AXES, batch_shards
 
 _LANES = 128
@@ -27,6 +28,7 @@ KERNEL_LENGTH = 512
 # Queries whose scores are computed at a time where rows are: of 12 heads and a row of 512 tokens
 # they take 3 MB, which stays near the core, where those of the row take 12.
 _QUERIES = 128
+_SCORES = 256**2  # of a head at a time, from as many rows as have them
 SOFTMAX = "softmax"  # names what the backward pass of attention by rows keeps, [R, N, L]
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _LOG2_E = 1.4426950408889634
@@ -74,6 +76,7 @@ def attention(
 
 # Attention by rows. Of XLA for CPUs two things are measured (docs/benchmarks.md): `x[:, None] == x`
 # of a row that a loop cuts out takes ten times as long as exp, so the mask is made before the loop;
+# what a loop gives is float32, since an array of bfloat16 is written whole for each row of it;
 # and a product moves a left factor that it adds over the rows of, so backwards scores are
 # [keys, queries]: two products then take them as they are and the third as its right factor.
 
@@ -103,7 +106,7 @@ def _forward_by_rows(
 
         def of_block(part: tuple[Array, ...]) -> tuple[Array, ...]:
             query, same, bits, start = part
-            scores = jnp.matmul(query, key, preferred_element_type=jnp.float32)
+            scores = product_on_cpu(query, key)
             scores = jnp.where(same, scores, _LOWEST)
             largest = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - largest)
@@ -111,9 +114,8 @@ def _forward_by_rows(
             if rate:
                 kept = keep(bits[:, None], _places(weights.shape, 0, 1, 2) - start, rate)
                 weights = jnp.where(kept, weights, 0)
-            y = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-            y = (y / (total * (1 - rate))).astype(value.dtype)
-            return y, largest[..., 0], total[..., 0]
+            y = product_on_cpu(weights.astype(value.dtype), value)
+            return y / (total * (1 - rate)), largest[..., 0], total[..., 0]
 
         blocks = (
             same.reshape(-1, block, length),
@@ -123,7 +125,9 @@ def _forward_by_rows(
         sums = (jnp.moveaxis(x, 0, 1).reshape(heads, length) for x in sums)
         return jnp.moveaxis(y, 1, 2).reshape(length, hidden), *sums
 
-    return jax.lax.map(of_row, (query, key, value, _same(segments), bits))
+    rows = (query, key, value, _same(segments), bits)
+    y, *sums = jax.lax.map(of_row, rows, batch_size=_rows_at_once(length))
+    return y.astype(value.dtype), *sums
 
 
 def _save_by_rows(
@@ -145,29 +149,36 @@ def _pull_back_by_rows(heads: int, rate: float, saved: tuple[Any, ...], gradient
         query, key, value, same, bits, largest, total, gradient = row
         first, last = (1, 0, 2), (1, 2, 0)  # [heads, length, dim], [heads, dim, length]
         query = query * dim**-0.5
-        scores = _product(_heads_first(key, heads, first), _heads_first(query, heads, last))
+        scores = product_on_cpu(_heads_first(key, heads, first), _heads_first(query, heads, last))
         weights = jnp.exp(jnp.where(same, scores, _LOWEST) - largest[:, None])
         weights = weights * (1 / total)[:, None]
         kept = weights
         if rate:
             mask = keep(bits, _places(weights.shape, 0, 2, 1), rate)
             kept = jnp.where(mask, weights / (1 - rate), 0)
-        for_kept = _product(_heads_first(value, heads, first), _heads_first(gradient, heads, last))
+        for_kept = product_on_cpu(
+            _heads_first(value, heads, first), _heads_first(gradient, heads, last)
+        )
         product = kept * for_kept
         for_scores = (product - weights * product.sum(1, keepdims=True)).astype(query.dtype)
-        for_value = _product(kept.astype(value.dtype), _heads_first(gradient, heads, first))
-        for_key = _product(for_scores, _heads_first(query, heads, first))
-        for_query = _product(_heads_first(key, heads, last), for_scores) * dim**-0.5
+        for_value = product_on_cpu(kept.astype(value.dtype), _heads_first(gradient, heads, first))
+        for_key = product_on_cpu(for_scores, _heads_first(query, heads, first))
+        for_query = product_on_cpu(_heads_first(key, heads, last), for_scores) * dim**-0.5
         grads = (for_query.mT, for_key, for_value)
-        return tuple(
-            jnp.moveaxis(x, 0, 1).reshape(length, hidden).astype(query.dtype) for x in grads
-        )
+        return tuple(jnp.moveaxis(x, 0, 1).reshape(length, hidden) for x in grads)
 
     rows = (query, key, value, _same(segments), bits, *sums, gradient)
-    return *jax.lax.map(of_row, rows), None, None
+    grads = jax.lax.map(of_row, rows, batch_size=_rows_at_once(length))
+    return *(x.astype(query.dtype) for x in grads), None, None
 
 
 _by_rows.defvjp(_save_by_rows, _pull_back_by_rows)
+
+
+def _rows_at_once(length: int) -> int | None:
+    """Of short rows many, else their arrays are too small for more than one core; None: one."""
+    rows = _SCORES // length**2
+    return rows if rows > 1 else None
 
 
 def _same(segments: Int[Array, "R L"]) -> Bool[Array, "R L L"]:
@@ -176,10 +187,6 @@ def _same(segments: Int[Array, "R L"]) -> Bool[Array, "R L L"]:
 
 def _heads_first(x: Float[Array, "L H"], heads: int, order: tuple[int, ...]) -> Array:
     return x.reshape(len(x), heads, -1).transpose(order)
-
-
-def _product(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
 def _places(

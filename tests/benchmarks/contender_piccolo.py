@@ -37,10 +37,12 @@ from piccolo_jax.train_step import CompiledSteps
 class Contender:
     """float32; one mesh of one device."""
 
+    dtype = "float32"
+
     def __init__(self, settings: Settings):
         self._settings = settings
         self._hf_config = json.loads((Path(settings.model) / "config.json").read_text())
-        config = _config(settings)
+        config = self._config(settings)
         self._parts = build.build(config)
         self._mesh = sharding.make_mesh(config.mesh)
         self._folder = tempfile.TemporaryDirectory()
@@ -48,7 +50,7 @@ class Contender:
         stores = []
         for dataset in settings.datasets:
             started = time.perf_counter()
-            only = _config(settings, dataset)
+            only = self._config(settings, dataset)
             stores += prepare_datasets(
                 only, self._parts.tokenizer, TASKS, Path(self._folder.name) / dataset
             )
@@ -67,7 +69,7 @@ class Contender:
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self._state)
 
         def pipeline(micro_batches: int) -> tuple[Batches, CompiledSteps]:
-            config = _config(settings)
+            config = self._config(settings)
             config.train.micro_batches = micro_batches
             hidden = self._parts.model.backbone.hidden_size
             batches = Batches(config, stores, TASKS, hidden, 1, (0,))
@@ -110,25 +112,30 @@ class Contender:
         )
 
     def peak(self) -> float:
-        """FLOP per second of a large float32 product."""
-        x = jnp.ones((peak_size(), peak_size()))
-        multiply = jax.jit(lambda x: x @ x)
+        """FLOP per second of a large product, with a float32 result."""
+        x = jnp.ones((peak_size(), peak_size()), self.dtype)
+        multiply = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
         multiply(x).block_until_ready()
         return best_rate(lambda: multiply(x).block_until_ready())
 
+    def _config(self, settings: Settings, *datasets: str) -> Config:
+        config = Config(total_steps=10_000, batch_size=settings.batch)
+        config.model.init, config.model.dtype = settings.model, self.dtype
+        config.model.embed_dim = 1792
+        config.optim.learning_rate, config.optim.schedule = LEARNING_RATE, "constant"
+        config.data.query_max_length, config.data.max_length = QUERY_LENGTH, LENGTH
+        config.data.datasets = tuple(
+            DatasetConfig(path=str(Path(settings.data) / DATASETS[name][1]), task=DATASETS[name][0])
+            for name in datasets or settings.datasets
+        )
+        validate(config)
+        return config
 
-def _config(settings: Settings, *datasets: str) -> Config:
-    config = Config(total_steps=10_000, batch_size=settings.batch)
-    config.model.init = settings.model
-    config.model.embed_dim = 1792
-    config.optim.learning_rate, config.optim.schedule = LEARNING_RATE, "constant"
-    config.data.query_max_length, config.data.max_length = QUERY_LENGTH, LENGTH
-    config.data.datasets = tuple(
-        DatasetConfig(path=str(Path(settings.data) / DATASETS[name][1]), task=DATASETS[name][0])
-        for name in datasets or settings.datasets
-    )
-    validate(config)
-    return config
+
+class ContenderBfloat16(Contender):
+    """Matrix products in bfloat16."""
+
+    dtype = "bfloat16"
 
 
 def _steps_of(batches: Batches, datasets: tuple[str, ...]) -> Any:

@@ -34,6 +34,7 @@ from common import DATASETS, Settings, StepReport
 
 CONTENDERS = {
     "piccolo": ("contender_piccolo", "Contender"),
+    "piccolo bf16": ("contender_piccolo", "ContenderBfloat16"),
     "reference": ("contender_torch", "Reference"),
     "reference bf16": ("contender_torch", "ReferenceBfloat16"),
     "sentence-transformers": ("contender_torch", "SentenceTransformers"),
@@ -155,8 +156,10 @@ def run(settings: Settings, names: list[str], rounds: int) -> dict[str, Any]:
                 peaks[process.name] = max(peaks[process.name], ask(process, "peak"))
                 memory[process.name] = max(memory[process.name], process.ask("peak_memory"))
                 process.stop()
-    in_float32 = max([peaks[name] for name in names if "bf16" not in name], default=0.0)
-    machine = {name: peaks[name] if "bf16" in name else in_float32 for name in names}
+    machine = {
+        name: max(peaks[other] for other in names if ("bf16" in other) == ("bf16" in name))
+        for name in names
+    }
     return {
         "datasets": {
             dataset: {

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import torch
 import transformers
 
 from piccolo_jax.errors import UserError
-from piccolo_jax.models.bert import BertConfig, BertEncoder, unstack
+from piccolo_jax.models.bert import BertConfig, BertEncoder, _dense_on_cpu, unstack
 from piccolo_jax.models.pretrained import load_params, read_spec
 from piccolo_jax.ops.dropout import dropout
 
@@ -255,12 +256,58 @@ def test_a_text_keeps_its_dropout_in_any_company(params):
     assert np.abs(encode(params, *arrays, numbers + 1) - hidden).max() > 0.1
 
 
-def test_bfloat16_products_stay_near_float32_and_gradients_are_float32(loss, params, plain):
-    _, grads = value_and_grad(loss, params, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("options", [{}, {"for_cpu": True}, {"for_cpu": True, "remat": "dots"}])
+def test_bfloat16_products_stay_near_float32_and_gradients_are_float32(
+    loss, params, plain, options
+):
+    _, grads = value_and_grad(loss, params, dtype=jnp.bfloat16, **options)
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
     assert_same(grads, plain[1], tolerance=0.05)
     with pytest.raises(AssertionError):
         assert_same(grads, plain[1], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_remat_of_dots_computes_no_product_with_a_parameter_again(loss, params, dtype):
+    def products(remat):
+        step = functools.partial(loss, dtype=dtype, remat=remat, for_cpu=True)
+        return str(jax.make_jaxpr(jax.grad(step))(params)).count(" dot_general[")
+
+    assert products("dots") == products("none") < products("full")
+
+
+def test_bfloat16_on_a_mesh_of_cpus_needs_the_collectives_of_float32(run_python):
+    script = Path(__file__).with_name("bfloat16_on_a_mesh.py")
+    difference, *collectives = run_python(script, devices=4).stdout.splitlines()
+    assert float(difference) < 0.02  # sums of rounded numbers in another order
+    assert len(collectives) == 2
+    assert collectives[0] == collectives[1] != "[]"
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 24, 40), (1, 1, 8, 1), (1, 5, 3, 7)])
+def test_the_dense_layer_for_cpus_is_exact_but_for_the_rounding_of_its_results(shape):
+    rows, length, inputs, outputs = shape
+    rng = np.random.default_rng(0)
+
+    def draw(*sizes, dtype=jnp.float32):
+        return jnp.asarray(rng.normal(size=sizes), dtype)
+
+    x = draw(rows, length, inputs, dtype=jnp.bfloat16)
+    kernel, bias = draw(inputs, outputs), draw(outputs)
+    gradient = draw(rows, length, outputs, dtype=jnp.bfloat16)
+    y, pull_back = jax.vjp(jax.jit(_dense_on_cpu), x, kernel, bias)
+    actual = (y, *pull_back(gradient))
+    assert [a.dtype for a in actual] == [jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32]
+    rounded = kernel.astype(jnp.bfloat16)
+    x, kernel, gradient, bias = (np.float64(a) for a in (x, rounded, gradient, bias))
+    expected = (
+        (x @ kernel + bias, 2**-8),  # bfloat16 rounds by 2^-9 of a number, sums are float32
+        (gradient @ kernel.T, 2**-8),
+        (np.einsum("rli,rlo->io", x, gradient), 1e-5),
+        (gradient.sum((0, 1)), 1e-5),
+    )
+    for a, (e, tolerance) in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(np.float64(a), e, rtol=0, atol=tolerance * np.abs(e).max())
 
 
 def hf_config(**changes):
