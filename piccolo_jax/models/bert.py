@@ -299,7 +299,6 @@ class _Layer(nn.Module):
             attention_bits = bits_of(attention_key, numbers)
             drops = [functools.partial(dropout, rate=config.hidden_dropout, key=k) for k in keys]
         dense = functools.partial(_Dense, config.initializer_range, self.dtype, self.for_cpu)
-
         keep = _keep_on_cpu if self.for_cpu else _keep
 
         def product(x: jax.Array, features: int, name: str) -> jax.Array:
