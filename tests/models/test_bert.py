@@ -276,6 +276,20 @@ def test_remat_of_dots_computes_no_product_with_a_parameter_again(loss, params, 
     assert products("dots") == products("none") < products("full")
 
 
+def test_on_a_cpu_bfloat16_is_kept_as_integers_and_what_products_take_in_memory(loss, params):
+    """docs/benchmarks.md: what XLA for CPUs is slow without."""
+
+    def program(dtype):
+        step = functools.partial(loss, dtype=dtype, remat="dots", for_cpu=True)
+        return str(jax.make_jaxpr(jax.grad(step))(params))
+
+    # Of both layers, [2, rows, length, hidden or inner].
+    assert "u16[2,5,16,32]" in program(jnp.bfloat16)
+    assert "u16[2,5,16,48]" in program(jnp.bfloat16)
+    assert "layout_constraint" in program(jnp.bfloat16)
+    assert "layout_constraint" not in program(jnp.float32)
+
+
 def test_bfloat16_on_a_mesh_of_cpus_needs_the_collectives_of_float32(run_python):
     script = Path(__file__).with_name("bfloat16_on_a_mesh.py")
     difference, *collectives = run_python(script, devices=4).stdout.splitlines()
