@@ -74,11 +74,12 @@ def attention(
     return y.reshape(rows, length, hidden)
 
 
-# Attention by rows. Three things are measured of XLA for CPUs (docs/benchmarks.md).
-# `x[:, None] == x` of a row that a loop cuts out takes ten times as long as exp, so the mask is
-# made before the loop. An array of bfloat16 is written whole for each row of it, so what a loop gives is
-# float32. A product moves a left factor that it adds over the rows of, so backwards scores are
-# [keys, queries]: two products then take them as they are and the third as its right factor.
+# Attention by rows. Three things are measured of XLA for CPUs (docs/benchmarks.md). `x[:,
+# None] == x` of a row that a loop cuts out takes ten times as long as exp, so the mask is made
+# before the loop. An array of bfloat16 is written whole for each row of it, so what a loop
+# gives is float32. A product moves a left factor that it adds over the rows of, so backwards
+# scores are [keys, queries]: two products then take them as they are and the third as its
+# right factor.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
