@@ -11,6 +11,7 @@ from piccolo_jax import averaging, optim
 from piccolo_jax.config import Config
 from piccolo_jax.data.packing import Shape
 from piccolo_jax.models.embedder import Embedder, encode
+from piccolo_jax.ops.products import compiler_options
 from piccolo_jax.tasks import Task
 from piccolo_jax.types import Batch, Metrics, Params, TrainState
 
@@ -66,6 +67,9 @@ class CompiledSteps:
         shardings: TrainState,
     ):
         self._mesh, self._shardings, self._tasks = mesh, shardings, tasks
+        self._options = lambda shape: compiler_options(
+            model.dtype, model.for_cpu, shape.rows * shape.length // shape.chunks
+        )
         self._make_step = lambda task, chunks: make_step(
             model, tasks[task], config, optimizer, chunks
         )
@@ -85,6 +89,7 @@ class CompiledSteps:
                 self._make_step(task, shape.chunks),
                 donate_argnums=0,
                 out_shardings=(self._shardings, whole),
+                compiler_options=self._options(shape),
             )
             self._programs[key] = step.lower(state, batch).compile()
         return self._programs[key], time.monotonic() - started

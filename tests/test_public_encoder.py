@@ -212,7 +212,8 @@ def test_programs_stay_few_whatever_is_encoded(directory):
         texts = [rng.choice(TEXTS)[: rng.randint(0, 60)] for _ in range(count)]
         encoder.encode(texts, dim=1 + count % 7)
     assert encoder.most_programs == inner.ladder.most_programs(32) < 20
-    assert 3 < inner._apply._cache_size() <= encoder.most_programs
+    compiled = sum(program._cache_size() for program in inner._programs.values())
+    assert 3 < compiled <= encoder.most_programs
 
 
 def test_weights_that_give_no_numbers_are_an_error(directory, tmp_path):

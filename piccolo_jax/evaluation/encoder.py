@@ -24,6 +24,7 @@ from piccolo_jax.errors import UserError
 from piccolo_jax.evaluation import batches
 from piccolo_jax.models import pretrained
 from piccolo_jax.models.embedder import Embedder, embedder_rules, encode
+from piccolo_jax.ops.products import compiler_options
 from piccolo_jax.types import Batch, Params
 
 _LONG = (1024, 2048, 4096, 8192)
@@ -56,7 +57,7 @@ class Encoder:
         # Batches side by side, since XLA computes attention over short rows on one core. Only on a
         # single device: collectives must be started in the same order everywhere.
         self._threads = _CORES if on_cpu and mesh.devices.size == 1 else 0
-        self._compiled: set[packing.Shape] = set()
+        self._programs: dict[packing.Shape, Callable[[Params, Batch], jax.Array]] = {}
 
     @property
     def most_programs(self) -> int:
@@ -112,14 +113,17 @@ class Encoder:
     ) -> Callable[[], np.ndarray]:
         """Begins to encode a batch; the result waits for its grid of texts, float32 [slots, D]."""
 
+        first = shape not in self._programs
+        if first:
+            self._programs[shape] = self._program(shape)
+
         def run() -> jax.Array:
             with jax.set_mesh(self.mesh):
-                return self._apply(params, arrays)
+                return self._programs[shape](params, arrays)
 
-        if self._threads and shape in self._compiled:
+        if self._threads and not first:
             return pool.submit(lambda: np.asarray(run())).result
-        self._compiled.add(shape)  # by one thread
-        grid = run()
+        grid = run()  # compiled by one thread
         return lambda: np.asarray(grid)
 
     def _arrays(
@@ -138,10 +142,16 @@ class Encoder:
         arrays["text_slots"] = slots.reshape(shards, -1)[list(local)].reshape(-1)
         return sharding.global_batch(self.mesh, arrays, {})
 
-    @functools.cached_property
-    def _apply(self) -> Callable[[Params, Batch], jax.Array]:
-        apply = functools.partial(encode, self.model)
-        return jax.jit(apply, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+    def _program(self, shape: packing.Shape) -> Callable[[Params, Batch], jax.Array]:
+        """Encodes batches of a shape; compiled when it is first called."""
+        model = self.model
+        return jax.jit(
+            functools.partial(encode, model),
+            out_shardings=NamedSharding(self.mesh, PartitionSpec()),
+            compiler_options=compiler_options(
+                model.dtype, model.for_cpu, shape.rows * shape.length
+            ),
+        )
 
 
 def load(

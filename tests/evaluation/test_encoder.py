@@ -110,9 +110,9 @@ def test_the_prompt_is_put_before_every_text(loaded):
 def test_a_short_text_alone_is_one_short_row(loaded, monkeypatch):
     made, params = loaded
     shapes = []
-    apply = made._apply
-    monkeypatch.setitem(
-        vars(made), "_apply", lambda p, b: shapes.append(b["tokens"].shape) or apply(p, b)
+    start = made._start
+    monkeypatch.setattr(
+        made, "_start", lambda *args: shapes.append(args[2]["tokens"].shape) or start(*args)
     )
     made.encode(params, ["天气"])
     made.encode(params, ["检索重排相似度分类与聚类都用同一个向量模型"])
