@@ -20,14 +20,14 @@ from jaxtyping import Array, Float, Int, UInt32
 from piccolo_jax.errors import UserError
 from piccolo_jax.ops.attention import SOFTMAX, attention
 from piccolo_jax.ops.dropout import bits_of, dropout
-from piccolo_jax.ops.gelu import exact_gelu, gelu
+from piccolo_jax.ops.gelu import gelu
 from piccolo_jax.ops.products import in_memory, product_on_cpu
 from piccolo_jax.sharding import BATCH_AXES, Rules, constrain
 
 ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": exact_gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,

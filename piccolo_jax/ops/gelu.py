@@ -1,4 +1,4 @@
-"""GELU (arXiv 1606.08415): x times the normal distribution function of x."""
+"""GELU for bfloat16: the error function by the hyperbolic tangent, which TPUs have in hardware."""
 
 import math
 
@@ -14,30 +14,11 @@ _LARGEST_SQUARE = 36.0  # beyond, the polynomial would fall; the tangent is 1 th
 
 
 @jax.custom_jvp
-def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """For float32: within 2e-7 |x|; where it is differentiated, to x's digits below 0 too.
-
-    Those digits, which gradients need and embeddings don't, are the complement's of the error
-    function (JAX's own form); else the error function itself is used, as in PyTorch: two fifths of
-    the time on a CPU.
-    """
-    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
-
-
-@exact_gelu.defjvp
-def _exact_gelu_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    return jax.jvp(lambda x: jax.nn.gelu(x, approximate=False), primals, tangents)
-
-
-@jax.custom_jvp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """For bfloat16: within 2.6e-5 before rounding to x's type.
+    """x times the normal distribution function of x, within 2.6e-5 before rounding to x's type.
 
-    Computed in float32, the error function by the hyperbolic tangent, which TPUs have in hardware.
-    XLA's error function takes several times the operations, which in an encoder layer in bfloat16
-    on a TPU cost as much as a quarter of the products around it.
+    Computed in float32. XLA's error function takes several times the operations, which in an
+    encoder layer in bfloat16 on a TPU cost as much as a quarter of the products around it.
     """
     wide = x.astype(jnp.float32)
     return (wide * _distribution(wide)).astype(x.dtype)

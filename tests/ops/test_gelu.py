@@ -1,30 +1,16 @@
-"""GELU in float32, and by the tangent, against the error function in float64."""
+"""GELU by the tangent against the error function, in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import erf, erfc
+from scipy.special import erf
 
-from piccolo_jax.ops.gelu import exact_gelu, gelu
+from piccolo_jax.ops.gelu import gelu
 
 X = np.linspace(-40, 40, 80_001).astype(np.float32)
 EXACT = X.astype(np.float64) * 0.5 * (1 + erf(X.astype(np.float64) / np.sqrt(2)))
 SLOPE = 0.5 * (1 + erf(X.astype(np.float64) / np.sqrt(2)))
 SLOPE += X * np.exp(-0.5 * X.astype(np.float64) ** 2) / np.sqrt(2 * np.pi)
-
-
-def test_exact_gelu_is_within_the_error_that_it_states():
-    error = np.abs(exact_gelu(jnp.asarray(X)) - EXACT)
-    assert (error <= 2e-7 * np.abs(X)).all()
-
-
-def test_differentiated_it_keeps_its_digits_below_0():
-    x = jnp.asarray(X[np.abs(X) < 8])
-    y, slope = jax.vmap(jax.value_and_grad(exact_gelu))(x)
-    exact = 0.5 * np.asarray(x, np.float64) * erfc(-np.asarray(x, np.float64) / np.sqrt(2))
-    # exp(-x^2 / 2) with x rounded to 24 bits: x^2 2^-24, 4e-6 at 8.
-    np.testing.assert_allclose(y, exact, rtol=1e-5)
-    np.testing.assert_allclose(slope, SLOPE[np.abs(X) < 8], rtol=0, atol=1e-6)
 
 
 def test_gelu_is_within_the_error_that_it_states():
