@@ -17,7 +17,7 @@ import tiny
 from mesh_steps import MESHES
 from small import OLDER_FUSIONS
 
-from piccolo_jax import build, losses, optim, sharding, tasks
+from piccolo_jax import build, losses, optim, sharding, tasks, train_step
 from piccolo_jax.config import LossConfig, MeshConfig
 from piccolo_jax.data.packing import Shape
 from piccolo_jax.models.embedder import encode
@@ -101,6 +101,19 @@ def test_a_task_and_shape_is_compiled_once():
     _, compiling, _ = run("retrieval")
     assert compiling[0] > 0
     assert compiling[1:] == [0.0] * (STEPS - 1)
+
+
+def test_the_compiler_gets_the_options_for_the_tokens_of_a_chunk(monkeypatch):
+    asked = []
+    unknown = {"xla_no_such_option": "1"}
+    monkeypatch.setattr(train_step, "compiler_options", lambda *of: asked.append(of) or unknown)
+    config, model = train_config(), tiny.embedder(for_cpu=True)
+    mesh, optimizer, state = start(model, config)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    programs = CompiledSteps(model, tasks.TASKS, config, optimizer, mesh, shardings)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        programs.get("retrieval", Shape(16, 12, 12, chunks=3), state, batch("retrieval"))
+    assert asked == [(model.dtype, True, 16 * 4)]
 
 
 @pytest.mark.parametrize("task", BATCHES)

@@ -119,6 +119,17 @@ def test_a_short_text_alone_is_one_short_row(loaded, monkeypatch):
     assert shapes == [(1, 16), (1, 32)]
 
 
+def test_the_compiler_gets_the_options_for_the_tokens_of_a_batch(loaded, monkeypatch):
+    made, params = loaded
+    fresh = encoder.Encoder(made.model, made.tokenizer, made.mesh, MAX_LENGTH)
+    asked = []
+    unknown = {"xla_no_such_option": "1"}
+    monkeypatch.setattr(encoder, "compiler_options", lambda *of: asked.append(of) or unknown)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        fresh.encode(params, ["天气"])
+    assert asked == [(made.model.dtype, True, 16)]
+
+
 def test_no_text_gives_no_row(loaded):
     made, params = loaded
     assert made.encode(params, []).shape == (0, 30)
